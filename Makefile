@@ -1,0 +1,47 @@
+# `make demo` and `make test` work on a fresh clone; `make help` lists the rest.
+
+# The first of these that runs and is supported; or give another: make test PYTHON=/path/to/python3.12
+PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; done)
+PYTHON312 ?= python3.12
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+RUN := $(VENV)/bin/python -m
+DEMO := runs/demo
+
+.PHONY: help demo test test-py312 lint types clean
+
+help:  ## Show this help
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) $(DEMO)-data/.prepared  ## Train a small model on real text, in minutes; goes on where it was stopped
+	$(RUN) megatron_dlm train --config examples/configs/demo.yaml
+	$(VENV)/bin/python tools/plot.py $(DEMO)/metrics.jsonl --output $(DEMO)/loss.png
+
+$(DEMO)-data/.prepared: | $(STAMP)
+	$(RUN) megatron_dlm prepare --embedded --train-sentencepiece 1024 --valid-fraction 0.02 --output $(DEMO)-data --overwrite
+	touch $@
+
+test: lint types  ## Build the environment, check style and types, run all tests
+	$(RUN) pytest
+
+test-py312:  ## The same with Python 3.12 and the newest supported megatron-core
+	$(MAKE) test PYTHON=$(PYTHON312) VENV=.venv312
+
+lint: $(STAMP)  ## Style (ruff)
+	$(RUN) ruff check .
+
+types: $(STAMP)  ## Types of the kernels, the objective and the configuration (mypy)
+	$(RUN) mypy
+
+clean:  ## Remove the environments and caches, but not runs/
+	rm -rf .venv .venv312 .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	find megatron_dlm kernels tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first: asked for by another package, its newest build for GPUs would come.
+$(STAMP): constraints.txt setup.py
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; give it as: make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet -c constraints.txt torch setuptools
+	$(RUN) pip install --quiet -c constraints.txt --no-build-isolation -e '.[hf,log,dev]'
+	touch $@

@@ -1,0 +1,49 @@
+"""The command line: `megatron-dlm {prepare,train,doctor}`, also `python -m megatron_dlm` and under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from megatron_dlm import __version__
+from megatron_dlm.config import ConfigError
+from megatron_dlm.data.errors import DataError
+
+COMMANDS = {
+    "prepare": "Turn text into the token files that training reads.",
+    "train": "Train a model; starts one worker per process of the layout.",
+    "doctor": "Show what this machine has and which path a run will take.",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit code: 2 for one-line errors of the configuration, the data or usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except (ConfigError, DataError) as error:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every process finds the same error
+            print(f"megatron-dlm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    # The options of train are the configuration tree's, so its parser is built from that.
+    if arguments[:1] == ["train"]:
+        return import_module("megatron_dlm.commands.train").run(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="megatron-dlm", description="Train masked diffusion language models on megatron-core."
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-dlm {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if arguments[:1] == [name]:
+            import_module(f"megatron_dlm.commands.{name}").add_arguments(subparser)
+    args = parser.parse_args(arguments)
+    return import_module(f"megatron_dlm.commands.{args.command}").run(args)

@@ -1,0 +1,1 @@
+"""The subcommands of `megatron-dlm`, one module each."""

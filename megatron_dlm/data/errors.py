@@ -1,0 +1,19 @@
+"""The error of everything that reads or writes training data."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class DataError(ValueError):
+    """Data cannot be read or written. The message is one line: the file, the cause and the fix."""
+
+
+def optional_module(name: str, purpose: str) -> ModuleType:
+    """Import a package of the `hf` extra. Raises DataError, with the fix, where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise DataError(f"{purpose} needs the package {package}: pip install 'megatron-dlm[hf]'") from error

@@ -1,0 +1,332 @@
+"""Start the workers of a run, or join those that torchrun started; exit codes and status.json.
+
+Exit codes: 0 done, 2 the configuration or the data cannot be used, 75 stopped by a signal with nothing lost
+(start it again), 1 anything else. The code and its reason are also in ``<run.directory>/status.json`` once a run
+has ended, because torchrun turns any worker's code into 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import psutil
+
+from megatron_dlm.config import Config, ConfigError
+from megatron_dlm.config_loading import to_dict
+from megatron_dlm.data.errors import DataError
+
+DONE, FAILED, INVALID, STOPPED = 0, 1, 2, 75
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+Worker = Callable[[dict[str, Any]], None]
+Check = Callable[[Config, int], None]
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    exit_code: int
+    reason: str
+
+
+STOPPED_EARLY = Outcome(STOPPED, "stopped by a signal before training began; there was nothing to save")
+
+
+class Stopped(BaseException):
+    """A stop signal came while there was no training to save."""
+
+
+class StopHandler:
+    """Stop signals of the launcher, handed to whoever can save: workers, or the trainer in this process.
+
+    They get a SIGTERM. While there is neither, ``Stopped`` is raised. Workers are in process groups of their own,
+    so that a terminal's Ctrl-C comes to them once and from here: a second one tells them not to save.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.owner = os.getpid()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.owner:
+            os._exit(STOPPED)  # a worker in the moment after its fork
+        self.received += 1
+        # Not multiprocessing.active_children(), which does not know a worker that is being started just now.
+        workers = psutil.Process().children()
+        if signal.getsignal(signal.SIGTERM) is not self:
+            os.kill(self.owner, signal.SIGTERM)
+        elif workers:
+            for worker in workers:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.terminate()
+        else:
+            raise Stopped
+
+    def __enter__(self) -> StopHandler:
+        self.previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for number, previous in self.previous.items():
+            if previous is not signal.SIG_IGN:  # nohup stays in force
+                signal.signal(number, self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, previous in self.previous.items():
+            signal.signal(number, previous)
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is already one of several. Raises ``ConfigError`` if it cannot tell which."""
+    if "WORLD_SIZE" not in os.environ:
+        return False
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(f"WORLD_SIZE is set but {missing[0]} is not; start with torchrun, or unset WORLD_SIZE")
+    return True
+
+
+def count_workers(config: Config) -> int:
+    """Processes to start on this machine. Raises ``ConfigError`` if it has too few GPUs."""
+    import torch
+
+    parallel = config.parallel
+    gpus = torch.cuda.device_count()
+    if gpus and parallel.data_parallel_size is None:
+        return gpus
+    wanted = parallel.model_parallel_size * (parallel.data_parallel_size or 1)
+    if gpus and wanted > gpus:
+        raise ConfigError(
+            f"the layout needs {wanted} GPUs but this machine has {gpus}; lower parallel.data_parallel_size or the "
+            "model-parallel sizes, or start the run on more machines with torchrun"
+        )
+    return wanted
+
+
+def launch(fn: Worker, config: Config, world_size: int | None = None, check: Check | None = None) -> int:
+    """Run ``fn(to_dict(config))`` in processes of this machine (``count_workers`` of them) and return the exit code.
+
+    ``check(config, world_size)`` runs before, here; forked workers share what it imported. One process is not
+    started but is this one, so that a debugger works. Raises ``ConfigError`` if the run's directory cannot be written.
+    """
+    _prepare_directory(config)
+    with StopHandler() as stop:
+        try:
+            outcome = _launch(fn, config, count_workers(config) if world_size is None else world_size, check, stop)
+        except Stopped:
+            outcome = STOPPED_EARLY
+        except SystemExit as end:
+            outcome = _ended(end)
+        except Exception as error:
+            outcome = _report(error)
+        _write_status(config, outcome)
+    return outcome.exit_code
+
+
+def join(fn: Worker, config: Config, check: Check | None = None) -> int:
+    """Run ``fn(to_dict(config))`` as one of the processes that torchrun started and return the exit code.
+
+    ``check(config, world_size)`` runs in one process of each machine. What it finds wrong with the configuration is
+    printed by rank 0; what it finds wrong with data files by every machine that finds it.
+    """
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if rank == 0:
+        _prepare_directory(config)
+    try:
+        if check and local_rank == 0:
+            check(config, int(os.environ["WORLD_SIZE"]))
+    except Exception as error:
+        outcome = Outcome(INVALID, str(error))
+        if rank == 0 or not isinstance(error, ConfigError):
+            outcome = _report(error)
+    else:
+        try:
+            fn(to_dict(config))
+            outcome = Outcome(DONE, "done")
+        except SystemExit as end:
+            outcome = _ended(end)
+        except Exception as error:
+            outcome = _report(error, f"[rank {rank}] ")
+    if rank == 0:
+        _write_status(config, outcome)
+    return outcome.exit_code
+
+
+def _launch(fn: Worker, config: Config, world_size: int, check: Check | None, stop: StopHandler) -> Outcome:
+    if world_size == 1:
+        if check:
+            check(config, world_size)
+        with _environment(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, **_address()):
+            fn(to_dict(config))
+        return Outcome(DONE, "done")
+
+    import torch
+
+    with _environment(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", 1)):
+        # A process that has used a pool of threads cannot be forked: the pool's threads are missing in the child.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            if check:
+                check(config, world_size)
+            return _start_workers(fn, config, world_size, stop)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _start_workers(fn: Worker, config: Config, world_size: int, stop: StopHandler) -> Outcome:
+    """Start ``world_size`` workers with torchrun's agent, wait for them, and say how they ended."""
+    import torch
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed."):  # its banners repeat what the worker has said
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    address = _address()
+    with tempfile.TemporaryDirectory(prefix="megatron-dlm-") as scratch:
+        report = Path(scratch, "error.json")
+        settings = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=world_size,
+            run_id="megatron-dlm",
+            rdzv_backend="static",
+            rdzv_endpoint=f"{address['MASTER_ADDR']}:{address['MASTER_PORT']}",
+            rdzv_configs={"rank": 0},
+            max_restarts=0,
+            # Forked workers share the launcher's imports, but CUDA does not survive a fork.
+            start_method="spawn" if torch.cuda.is_available() else "fork",
+            logs_specs=DefaultLogsSpecs(log_dir=scratch),
+            # Left to itself the agent kills workers 30 seconds after a stop signal, saved or not.
+            signals_to_handle="SIGQUIT",
+        )
+        try:
+            codes = elastic_launch(settings, _work)(fn, to_dict(config), report)
+        except ChildFailedError as error:
+            return _failure(error, report, stop)
+    if STOPPED in codes.values():
+        return Outcome(STOPPED, "stopped by a signal; a checkpoint is saved")
+    return Outcome(DONE, "done")
+
+
+def _work(fn: Worker, config: dict[str, Any], report: Path) -> int:
+    """The body of a started worker: ``fn``, with its first error in ``report`` and on stderr."""
+    import torch
+
+    launcher = os.getppid()
+    os.setpgid(0, 0)
+    for number in STOP_SIGNALS:
+        if isinstance(signal.getsignal(number), StopHandler):
+            signal.signal(number, signal.SIG_DFL)
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdigit():
+        torch.set_num_threads(int(threads))  # the variable is only read before a fork
+    code = DONE
+    try:
+        fn(config)
+    except SystemExit as end:
+        if end.code != STOPPED:
+            raise
+        code = STOPPED
+    except Exception as error:
+        # The others fail too when one is gone; only the cause is worth reading.
+        try:
+            with open(report, "x", encoding="utf-8") as file:
+                json.dump(_report(error, f"[rank {os.environ['RANK']}] "), file)
+        except FileExistsError:
+            pass
+        sys.exit(FAILED)
+    if os.getppid() != launcher:  # it was killed, and the agent's part of this process would wait for it for ever
+        os._exit(code)
+    return code
+
+
+def _failure(error: Any, report: Path, stop: StopHandler) -> Outcome:
+    """The outcome of workers of which at least one failed (``error`` is the agent's ``ChildFailedError``)."""
+    if report.exists():
+        return Outcome(*json.loads(report.read_text(encoding="utf-8")))
+    rank, failure = error.get_first_failure()
+    if stop.received > 1:
+        outcome = Outcome(FAILED, "stopped by a second signal before a checkpoint was saved")
+    elif stop.received and failure.exitcode in (-signal.SIGTERM, STOPPED):
+        return STOPPED_EARLY
+    elif failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        outcome = Outcome(FAILED, f"the worker of rank {rank} was killed by {name}{hint}")
+    else:
+        outcome = Outcome(FAILED, f"the worker of rank {rank} ended with exit code {failure.exitcode}")
+    print(f"megatron-dlm: error: {outcome.reason}", file=sys.stderr, flush=True)
+    return outcome
+
+
+def _ended(end: SystemExit) -> Outcome:
+    """The outcome of a worker function that ended its process."""
+    if end.code == STOPPED:
+        return Outcome(STOPPED, "stopped by a signal; a checkpoint is saved")
+    if end.code in (None, 0):
+        return Outcome(DONE, "done")
+    return Outcome(FAILED, f"the worker ended with exit code {end.code}")
+
+
+def _report(error: Exception, prefix: str = "") -> Outcome:
+    """Print ``error``, in one line if it is the user's to correct, else with its traceback."""
+    if isinstance(error, ConfigError | DataError):
+        print(f"megatron-dlm: error: {prefix}{error}", file=sys.stderr, flush=True)
+        return Outcome(INVALID, str(error))
+    text = "".join(traceback.format_exception(error))
+    print(f"{prefix}{text}", file=sys.stderr, end="", flush=True)
+    return Outcome(FAILED, text.rstrip().rpartition("\n")[2])
+
+
+def _prepare_directory(config: Config) -> None:
+    """Make the run's directory; an old status.json would be taken for this run's."""
+    directory = Path(config.run.directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "status.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write run.directory {str(directory)!r}: {error.strerror}; choose another") from None
+
+
+def _write_status(config: Config, outcome: Outcome) -> None:
+    path = Path(config.run.directory, "status.json")
+    partial = path.with_suffix(".json.partial")
+    try:
+        partial.write_text(json.dumps(outcome._asdict()) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        print(f"megatron-dlm: cannot write {path}: {error.strerror}", file=sys.stderr)
+
+
+def _address() -> dict[str, str]:
+    """Where the workers of this machine meet: a free port (of torch.distributed's own variables)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+
+
+@contextlib.contextmanager
+def _environment(**variables: object) -> Iterator[None]:
+    """Set environment variables that torch reads, for a while."""
+    previous = {name: os.environ.get(name) for name in variables}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    try:
+        yield
+    finally:
+        for name, value in previous.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -1,0 +1,20 @@
+"""Process groups and everything about megatron-core that is not the model.
+
+Importing this package prepares the machine for megatron-core: without a GPU the CPU backend is
+installed first. Modules that import ``megatron.core`` therefore import this package before it.
+"""
+
+import warnings
+
+from megatron_dlm.parallel import cpu_backend
+
+# What megatron-core and its calls of torch warn about on every rank, and no user can change. That apex is absent is
+# said once, by `megatron-dlm doctor`.
+for _message, _category in (
+    (r".*Apex (is|are) not installed", UserWarning),
+    (r"full scope is deprecated", UserWarning),
+    (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
+    (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
+):
+    warnings.filterwarnings("ignore", message=_message, category=_category)
+cpu_backend.install_without_gpu()

@@ -1,0 +1,78 @@
+"""Every difference between the supported megatron-core versions, one function each.
+
+Supported: 0.16.1 (the newest for Python 3.11) up to, not including, 0.20.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+
+from megatron.core import dist_checkpointing
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+_FORMAT = ("torch_dist", 1)
+
+
+def wrap_data_parallel(
+    config: TransformerConfig, ddp_config: DistributedDataParallelConfig, chunk: MegatronModule
+) -> DistributedDataParallel:
+    """The data-parallel wrapper with contiguous fp32 gradient buffers.
+
+    0.19 computes the buffer layout itself but warns that the caller should; its own result is what we want.
+    """
+    log = logging.getLogger("megatron.core.distributed.distributed_data_parallel")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return DistributedDataParallel(config, ddp_config, chunk)
+    finally:
+        log.setLevel(level)
+
+
+def save_sharded(state: dict[str, Any], directory: str, metadata: dict[str, Any]) -> None:
+    """Write a sharded state dict to an existing, empty ``directory``; collective, returns when written.
+
+    0.16 takes the format by name; 0.19 has one format and wants its asynchronous strategy named, since the
+    default needs another package.
+    """
+    parameters = inspect.signature(dist_checkpointing.save).parameters
+    extra: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in parameters else {}
+    if "common_strategy" in parameters:
+        extra["sharded_strategy"] = _FORMAT
+    dist_checkpointing.save(state, directory, content_metadata=metadata, **extra)
+
+
+def load_sharded(state: dict[str, Any], directory: str) -> dict[str, Any]:
+    """Read ``directory`` into the shape of the sharded state dict ``state``; collective."""
+    return dist_checkpointing.load(state, directory)
+
+
+def repair_adam_step_loading() -> None:
+    """Make the distributed optimizer load checkpoints of torch's AdamW; safe to call again.
+
+    torch's AdamW has a ``step`` tensor per parameter. The distributed optimizer stores it once, in the
+    parameter groups; on loading it looks for a tensor ``step`` that no checkpoint has (``KeyError``), and it
+    would hand every parameter the same tensor, which then counts parameters times steps. Seen in 0.16.1 and
+    0.19.2. So ``step`` is kept out of the way, and every parameter gets a tensor of its own.
+    """
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+    if getattr(original, "repaired_by_megatron_dlm", False):
+        return
+
+    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        step = state.pop("step", None)
+        original(self, model_param, tensors)
+        if step is not None:
+            state["step"] = step.clone()
+
+    set_states.repaired_by_megatron_dlm = True  # type: ignore[attr-defined]
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states

@@ -1,0 +1,134 @@
+"""Starts torch.distributed and megatron's process groups once, and hands them down."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron_dlm.config import ConfigError, ParallelConfig
+
+_DROPOUT_SEED_BOUND = 2**31
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process's place in the parallel layout, and the process groups it belongs to.
+
+    ``str(topology)`` is the layout, such as ``TP2-PP2-DP4`` (``TP2+SP``, ``PP2xVP2`` where in use).
+    """
+
+    tensor_size: int
+    pipeline_size: int
+    virtual_size: int
+    data_size: int
+    sequence_parallel: bool
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
+    rank: int
+    world_size: int
+    device: torch.device
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+
+    def __str__(self) -> str:
+        tensor = f"TP{self.tensor_size}" + ("+SP" if self.sequence_parallel else "")
+        pipeline = f"PP{self.pipeline_size}" + (f"xVP{self.virtual_size}" if self.virtual_size > 1 else "")
+        return f"{tensor}-{pipeline}-DP{self.data_size}"
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the first pipeline stage (it embeds the noised tokens)."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the last pipeline stage (it computes the loss)."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:
+        """All-reduce ``values`` over all ranks, in place; returns it.
+
+        A figure that tensor-parallel ranks have in common is given by ``reports_loss`` ranks only.
+        """
+        dist.all_reduce(values)
+        return values
+
+    @property
+    def reports_loss(self) -> bool:
+        """Whether this rank is the one that reports its data-parallel replica's losses."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+    def seed_dropout(self, seed: int, step: int) -> None:
+        """Reset the dropout streams from (seed, step, pipeline rank, data rank).
+
+        Seeding every step makes a resumed run draw the same masks with nothing to store. The data rank
+        is part of it: otherwise all data-parallel replicas drop the same units. megatron adds the tensor
+        rank itself where the ranks must differ.
+        """
+        stream = (seed * 1_000_003 + step) * self.pipeline_size * self.data_size
+        stream += self.pipeline_rank * self.data_size + self.data_rank
+        model_parallel_cuda_manual_seed(stream % _DROPOUT_SEED_BOUND, force_reset_rng=True)
+
+
+def initialize(config: ParallelConfig, *, timeout_minutes: float = 30.0) -> Topology:
+    """Start torch.distributed (NCCL with a GPU, gloo without) and megatron's groups.
+
+    Reads torchrun's environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``);
+    without it, one process alone. A default process group that already exists is used as it is, and
+    megatron's groups of an earlier call are replaced. Raises ``ConfigError`` where the world size does not
+    fit the layout.
+    """
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=timeout_minutes)
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
+        else:
+            store = dist.HashStore()
+            dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=0, world_size=1, timeout=timeout)
+    tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    world, virtual = dist.get_world_size(), config.virtual_pipeline_model_parallel_size
+    if world % (tensor * pipeline):
+        raise ConfigError(
+            f"{world} processes cannot be split into TP {tensor} x PP {pipeline}; start a multiple of {tensor * pipeline}"
+        )
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        distributed_timeout_minutes=int(timeout_minutes),
+    )
+    return Topology(
+        tensor_size=tensor,
+        pipeline_size=pipeline,
+        virtual_size=virtual or 1,
+        data_size=parallel_state.get_data_parallel_world_size(),
+        sequence_parallel=config.sequence_parallel,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        rank=dist.get_rank(),
+        world_size=world,
+        device=torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu"),
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def shutdown() -> None:
+    """Destroy megatron's groups and the default process group."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

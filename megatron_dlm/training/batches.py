@@ -1,0 +1,92 @@
+"""Which samples a rank sees in which micro-batch, at any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlm_kernels.philox import Purpose
+from megatron_dlm.config import Config
+from megatron_dlm.data.dataset import Dataset
+from megatron_dlm.diffusion.objective import Autoregressive, Batch, MaskedDiffusion
+from megatron_dlm.parallel.topology import Topology
+
+
+class MicroBatch(NamedTuple):
+    """One micro-batch as a pipeline stage needs it."""
+
+    sample_ids: np.ndarray
+    """[micro_batch] int64; -1 where a place only fills up the last micro-batch."""
+    inputs: Tensor | None
+    """[micro_batch, seq] int64 model inputs (xt); None on the middle stages, which read no tokens."""
+    lengths: Tensor | None
+    """[micro_batch] int64 on the CPU; None where every row is full."""
+    batch: Batch | None
+    """Targets and weights; None on the middle stages and where logits are wanted."""
+
+
+class BatchStream:
+    """Turns (step, rank) into micro-batches; pure functions, nothing to save.
+
+    Sample ``position`` of the global batch goes to micro-batch ``position // (micro_batch * DP)``, and
+    there to data-parallel rank ``position // micro_batch % DP``. So neighbouring samples, whose noise levels
+    are antithetic, share a micro-batch.
+    """
+
+    def __init__(
+        self, config: Config, dataset: Dataset, objective: MaskedDiffusion | Autoregressive, topology: Topology
+    ) -> None:
+        self.dataset = dataset
+        self.objective = objective
+        self.topology = topology
+        self.micro_batch_size = config.train.micro_batch_size
+        self.global_batch_size = config.train.global_batch_size
+        self.num_microbatches = self.global_batch_size // (self.micro_batch_size * topology.data_size)
+
+    def training(self, step: int, *, reads_tokens: bool) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of training step ``step`` (from 0)."""
+        first = step * self.global_batch_size
+        for index in range(self.num_microbatches):
+            yield self._micro_batch(
+                first + self._positions(index), reads_tokens, step, self.global_batch_size, Purpose.TRAIN
+            )
+
+    def validation_microbatches(self, num_sequences: int) -> int:
+        """Micro-batches per rank that cover ``num_sequences``; a multiple of PP, as interleaving needs."""
+        needed = -(-num_sequences // (self.micro_batch_size * self.topology.data_size))
+        return -(-needed // self.topology.pipeline_size) * self.topology.pipeline_size
+
+    def validation(self, num_sequences: int, *, reads_tokens: bool) -> Iterator[MicroBatch]:
+        """This rank's share of the first ``num_sequences`` sequences, with their fixed noise.
+
+        Places beyond the last sequence repeat it with weight zero and sample id -1.
+        """
+        for index in range(self.validation_microbatches(num_sequences)):
+            sample_ids = self._positions(index)
+            inside = sample_ids < num_sequences
+            micro_batch = self._micro_batch(
+                np.minimum(sample_ids, num_sequences - 1), reads_tokens, 0, num_sequences, Purpose.VALIDATION
+            )
+            batch = micro_batch.batch
+            if batch is not None and not inside.all():
+                counted = torch.from_numpy(inside).to(batch.weights.device)[batch.sample_index]
+                batch = replace(batch, weights=batch.weights * counted)
+            yield micro_batch._replace(sample_ids=np.where(inside, sample_ids, -1), batch=batch)
+
+    def _positions(self, index: int) -> np.ndarray:
+        start = (index * self.topology.data_size + self.topology.data_rank) * self.micro_batch_size
+        return np.arange(start, start + self.micro_batch_size, dtype=np.int64)
+
+    def _micro_batch(
+        self, sample_ids: np.ndarray, reads_tokens: bool, step: int, group_size: int, purpose: Purpose
+    ) -> MicroBatch:
+        if not reads_tokens:
+            return MicroBatch(sample_ids, None, self.objective.lengths(sample_ids, purpose), None)
+        tokens = torch.from_numpy(self.dataset.sequences(sample_ids)).to(self.topology.device, non_blocking=True)
+        batch = self.objective.batch(tokens, sample_ids, step=step, global_batch_size=group_size, purpose=purpose)
+        return MicroBatch(sample_ids, batch.inputs, batch.lengths, batch)

@@ -1,0 +1,242 @@
+"""What a run reports: FLOPs, the log line, metrics.jsonl, TensorBoard and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from megatron_dlm.config import Config, ModelConfig
+
+# Dense bf16 peaks of the published data sheets, TFLOP/s.
+_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+
+
+def parameter_count(model: ModelConfig, padded_vocab_size: int) -> int:
+    """All parameters of the model, with the padded vocabulary; tied matrices count once."""
+    embeddings = padded_vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    return embeddings + _non_embedding_parameters(model)
+
+
+def _non_embedding_parameters(model: ModelConfig) -> int:
+    hidden, dim = model.hidden_size, model.resolved_head_dim
+    attention = hidden * dim * (2 * model.num_attention_heads + 2 * model.resolved_query_groups)
+    norms = 2 * hidden + (2 * dim if model.qk_norm else 0)
+    return model.num_layers * (attention + 3 * hidden * model.ffn_hidden_size + norms) + hidden
+
+
+def training_flops(
+    model: ModelConfig, *, tokens: float, head_rows: float, sequence_length: int, vocab_size: int
+) -> float:
+    """FLOPs of forward and backward, without recomputation.
+
+    3 x forward of: 2 per non-embedding parameter and token; attention 4 * seq * heads * head_dim per token and
+    layer (half of it when causal); the LM head on the rows that are computed.
+    """
+    width = model.num_attention_heads * model.resolved_head_dim
+    attention = 4.0 * sequence_length * width * model.num_layers
+    if model.objective == "autoregressive":
+        attention /= 2
+    body = (2.0 * _non_embedding_parameters(model) + attention) * tokens
+    return 3.0 * (body + 2.0 * model.hidden_size * vocab_size * head_rows)
+
+
+def peak_tflops() -> float | None:
+    """Peak dense bf16 TFLOP/s of this GPU; None on a CPU or an unknown device."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in _PEAK_TFLOPS.items() if key in name), None)
+
+
+def memory_gib() -> tuple[float, float]:
+    """(peak in use, total) of this rank's device in GiB; the process's resident memory on a CPU."""
+    if torch.cuda.is_available():
+        used = torch.cuda.max_memory_allocated()
+        return used / 2**30, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+    return psutil.Process().memory_info().rss / 2**30, psutil.virtual_memory().total / 2**30
+
+
+def format_duration(seconds: float) -> str:
+    """``5h12m``, ``3m07s`` or ``42s``."""
+    whole = int(round(seconds))
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+
+
+def format_count(value: float) -> str:
+    """Three digits with a unit: 950, 61.2k, 1.07M, 8.19B."""
+    for bound, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= bound:
+            return f"{value / bound:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def format_line(record: dict[str, Any], *, steps: int) -> str:
+    """The one log line; ``record`` is a step's record as in metrics.jsonl."""
+    mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
+    unit = "gpu" if torch.cuda.is_available() else "process"
+    fields = [
+        f"step {record['step']}/{steps}",
+        f"loss {record['loss']:.4f} nats/tok",
+        f"gnorm {record['grad_norm']:.2f}",
+        f"lr {record['lr']:.1e}",
+        f"{format_count(record['tokens_per_second_per_device'])} tok/s/{unit}",
+        f"{record['tflops_per_device']:.3g} TFLOP/s",
+        f"mfu {mfu}",
+        f"mem {record['memory_gib']:.1f}/{record['memory_total_gib']:.0f} GiB",
+        f"epoch {record['epoch']:.2f}",
+        f"skipped {record['skipped']}",
+        f"eta {format_duration(record['eta_seconds'])}",
+    ]
+    return " | ".join(fields)
+
+
+def averaged(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last record with the mean loss and the rates of all of them."""
+    last, seconds = records[-1], statistics.fmean(record["step_seconds"] for record in records)
+    scale = last["step_seconds"] / seconds
+    rates = ("tokens_per_second_per_device", "tflops_per_device", "mfu")
+    mean = {key: None if last[key] is None else last[key] * scale for key in rates}
+    return last | mean | {"loss": statistics.fmean(record["loss"] for record in records)}
+
+
+class Reporter:
+    """Writes a run's records on one rank; on the others every method does nothing."""
+
+    def __init__(self, config: Config, *, active: bool, steps: int, first_step: int) -> None:
+        self.active = active
+        self.steps = steps
+        if not active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        directory = Path(config.run.directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "metrics.jsonl"
+        _drop_from(path, first_step)
+        self._recent: list[dict[str, Any]] = []
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+        self._bar = tqdm(
+            total=steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def step(self, record: dict[str, Any], *, show: bool) -> None:
+        """Record one training step; ``show`` prints the line of the steps since the last one."""
+        if not self.active:
+            return
+        self._write(record)
+        self._recent.append(record)
+        self._bar.update(1)
+        self._bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
+        if show:
+            self.say(format_line(averaged(self._recent), steps=self.steps))
+            self._recent.clear()
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """Record one evaluation and print it."""
+        if not self.active:
+            return
+        self._write(record)
+        self.say(
+            f"step {record['step']}/{self.steps} | valid NELBO {record['valid_nelbo']:.4f} +- "
+            f"{record['valid_nelbo_ci95']:.4f} nats/tok | unigram {record['valid_unigram']:.4f}"
+        )
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        if self.active:
+            self._bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self.active:
+            self._bar.close()
+            self._file.close()
+            self._board.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        for key, value in record.items():
+            if key != "step" and isinstance(value, (int, float)):
+                self._board.add_scalar(key, value, record["step"])
+
+
+def _drop_from(path: Path, first_step: int) -> None:
+    """Forget records after the step that a resumed run continues from, so that no step stands twice."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= first_step:
+                kept.append(line)
+        except (ValueError, KeyError):  # a line that a kill cut short
+            continue
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+class Throughput:
+    """Turns step reports into rates; one instance per run."""
+
+    def __init__(self, config: Config, *, padded_vocab_size: int, devices: int, steps: int, first_step: int) -> None:
+        self._config = config
+        self._vocab = padded_vocab_size
+        self._devices = devices
+        self._remaining = steps - first_step
+        self._tokens_per_step = config.train.global_batch_size * config.data.sequence_length
+        self._mean: float | None = None
+        self._peak = peak_tflops()
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the clock of the next step."""
+        self._last = time.perf_counter()
+
+    def after_step(self, scored_tokens: int) -> dict[str, float | None]:
+        """Rates of the step that has just ended; its time runs from the last ``restart``."""
+        seconds = max(time.perf_counter() - self._last, 1e-9)
+        self._remaining -= 1
+        # A running mean that forgets the first step, which builds buffers and kernels.
+        self._mean = seconds if self._mean is None else 0.9 * self._mean + 0.1 * seconds
+        model, seq = self._config.model, self._config.data.sequence_length
+
+        def tflops(head_rows: float) -> float:
+            flops = training_flops(
+                model,
+                tokens=self._tokens_per_step,
+                head_rows=head_rows,
+                sequence_length=seq,
+                vocab_size=self._vocab,
+            )
+            return flops / seconds / self._devices / 1e12
+
+        used, total = memory_gib()
+        actual, nominal = tflops(scored_tokens), tflops(self._tokens_per_step)
+        return {
+            "tokens_per_second": self._tokens_per_step / seconds,
+            "tokens_per_second_per_device": self._tokens_per_step / seconds / self._devices,
+            "tflops_per_device": actual,
+            "mfu": None if self._peak is None else actual / self._peak,
+            "mfu_nominal": None if self._peak is None else nominal / self._peak,
+            "memory_gib": used,
+            "memory_total_gib": total,
+            "step_seconds": seconds,
+            "eta_seconds": self._remaining * self._mean,
+        }

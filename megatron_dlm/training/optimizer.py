@@ -1,0 +1,104 @@
+"""AdamW on megatron's distributed optimizer, with a learning-rate schedule and non-finite protection."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron_dlm.config import Config
+from megatron_dlm.model.transformer import DiffusionTransformer
+from megatron_dlm.parallel.compat import repair_adam_step_loading, wrap_data_parallel
+from megatron_dlm.parallel.megatron_config import ddp_config, optimizer_config
+
+_SCHEDULES = {"wsd": "WSD", "cosine": "cosine", "linear": "linear", "constant": "constant"}
+
+
+class Update(NamedTuple):
+    """What one call of ``Optimizer.step`` did."""
+
+    grad_norm: float
+    """Global L2 norm of the gradient of the mean loss, before clipping."""
+    lr: float
+    applied: bool
+    """False where the gradient was not finite: parameters and moments are unchanged, on all ranks."""
+
+
+def wrap(chunks: list[DiffusionTransformer], config: Config) -> list[DistributedDataParallel]:
+    """Give the bare chunks contiguous fp32 gradient buffers that are reduced over the data-parallel group."""
+    settings = ddp_config(config)
+    wrapped = [wrap_data_parallel(chunk.config, settings, chunk) for chunk in chunks]
+    megatron_config = chunks[0].config
+    megatron_config.finalize_model_grads_func = finalize_model_grads
+    if settings.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        megatron_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
+
+
+class Optimizer:
+    """The distributed optimizer and the learning rate of every step.
+
+    The learning rate is a pure function of the step, so there is nothing of it to save, and a skipped
+    step advances it. Step 0 already has a positive rate: warm-up reaches ``lr`` at step ``warmup_steps - 1``.
+    """
+
+    def __init__(self, config: Config, chunks: list[DistributedDataParallel], *, steps: int) -> None:
+        repair_adam_step_loading()
+        settings = config.optimizer
+        self.chunks = chunks
+        self.clip_grad = settings.clip_grad
+        self.megatron = get_megatron_optimizer(optimizer_config(config), chunks)
+        chunks[0].config.grad_scale_func = self.megatron.scale_loss
+        self._scheduler = OptimizerParamScheduler(
+            self.megatron,
+            init_lr=0.0,
+            max_lr=settings.lr,
+            min_lr=settings.min_lr,
+            lr_warmup_steps=settings.warmup_steps,
+            lr_decay_steps=max(steps, settings.warmup_steps + 1),
+            lr_decay_style=_SCHEDULES[settings.schedule],
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+            wsd_decay_steps=max(settings.decay_steps, 1),
+            lr_wsd_decay_style="exponential",
+        )
+
+    @property
+    def parts(self) -> list:
+        """megatron's optimizers, one unless it has chained several."""
+        return getattr(self.megatron, "chained_optimizers", [self.megatron])
+
+    def zero_grad(self) -> None:
+        """Clear the gradient buffers and the optimizer's gradients."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    def step(self, step: int) -> Update:
+        """Update the parameters from finished gradients; collective.
+
+        The gradient norm is the sum over all ranks, so that all of them find a non-finite gradient and
+        skip together.
+        """
+        lr = self._set_learning_rate(step)
+        self.megatron.prepare_grads()
+        grad_norm = float(self.megatron.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return Update(grad_norm, lr, applied=False)
+        if self.clip_grad > 0.0:
+            for part in self.parts:
+                if parameters := part.get_parameters():
+                    clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
+        self.megatron.step_with_ready_grads()
+        return Update(grad_norm, lr, applied=True)
+
+    def _set_learning_rate(self, step: int) -> float:
+        self._scheduler.num_steps = step
+        self._scheduler.step(1)
+        return float(self._scheduler.get_lr({}))

@@ -1,0 +1,136 @@
+"""The story of a run for its reader: banner, one record per step, evaluations, summary."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dlm.config_loading import dump_yaml
+from megatron_dlm.model.layer_spec import uses_transformer_engine
+from megatron_dlm.training.metrics import (
+    Reporter,
+    Throughput,
+    format_count,
+    format_duration,
+    parameter_count,
+    training_flops,
+)
+from megatron_dlm.training.setup import Training
+from megatron_dlm.training.step import StepReport
+
+
+class RunLog:
+    """Collects what happens on all ranks and reports it on rank 0."""
+
+    def __init__(self, training: Training, *, first_step: int, resumed: Path | None) -> None:
+        config, active = training.config, training.topology.rank == 0
+        self._training = training
+        self._started = time.perf_counter()
+        self._skipped = self._skipped_in_a_row = 0
+        self._evaluation: dict[str, Any] | None = None
+        self._reporter = Reporter(config, active=active, steps=training.steps, first_step=first_step)
+        if active:
+            Path(config.run.directory, "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        for line in banner(training, resumed):
+            self._reporter.say(line)
+        self._throughput = Throughput(
+            config,
+            padded_vocab_size=config.model.padded_vocab_size(training.tokenizer.vocab_size),
+            devices=training.topology.world_size,
+            steps=training.steps,
+            first_step=first_step,
+        )
+
+    def restart_clock(self) -> None:
+        """Do not count what was done since the last step as training time."""
+        self._throughput.restart()
+
+    def step(self, done: int, report: StepReport) -> None:
+        """Record the step after which ``done`` steps are completed.
+
+        Raises ``RuntimeError`` after more skipped steps in a row than ``train.max_skipped_steps``.
+        """
+        config, dataset = self._training.config, self._training.train_stream.dataset
+        samples = done * config.train.global_batch_size
+        tokens = samples * config.data.sequence_length
+        self._skipped += not report.applied
+        self._skipped_in_a_row = 0 if report.applied else self._skipped_in_a_row + 1
+        record = {
+            "step": done,
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "lr": report.lr,
+            "consumed_samples": samples,
+            "consumed_tokens": tokens,
+            "epoch": dataset.epoch(samples),
+            "unique_tokens": min(tokens, dataset.unique_tokens),
+            "accuracy": report.accuracy,
+            "mask_ratio": report.scored_tokens / max(report.eligible_tokens, 1),
+            "skipped": self._skipped,
+            **self._throughput.after_step(report.scored_tokens),
+        }
+        self._reporter.step(record, show=done % config.train.log_interval == 0 or done == self._training.steps)
+        if self._skipped_in_a_row > config.train.max_skipped_steps:
+            raise RuntimeError(
+                f"{self._skipped_in_a_row} steps in a row had a non-finite gradient (now at step {done}); lower "
+                "optimizer.lr, or raise train.max_skipped_steps"
+            )
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """Record an evaluation."""
+        self._evaluation = record
+        self._reporter.evaluation(record)
+
+    def close(self, done: int, checkpoint: Path | None) -> None:
+        """Print the summary and close the files."""
+        training, directory = self._training, self._training.config.run.directory
+        how = "finished" if done == training.steps else "stopped by a signal; the same command continues it,"
+        took = format_duration(time.perf_counter() - self._started)
+        self._reporter.say(f"{how} at step {done}/{training.steps} after {took} | skipped {self._skipped}")
+        if self._evaluation:
+            nelbo, unigram = self._evaluation["valid_nelbo"], self._evaluation["valid_unigram"]
+            side = "below" if nelbo < unigram else "above"
+            self._reporter.say(
+                f"held-out   NELBO {nelbo:.4f} +- {self._evaluation['valid_nelbo_ci95']:.4f} nats/tok, "
+                f"{abs(unigram - nelbo):.4f} {side} the unigram cross-entropy {unigram:.4f}"
+            )
+        if checkpoint:
+            self._reporter.say(f"checkpoint {checkpoint}")
+        self._reporter.say(f"next       python tools/plot.py {directory}/metrics.jsonl")
+        self._reporter.close()
+
+
+def banner(training: Training, resumed: Path | None) -> list[str]:
+    """What runs, where, and where its outputs go."""
+    config, topology, stream = training.config, training.topology, training.train_stream
+    dataset, seq, batch = stream.dataset, config.data.sequence_length, config.train.global_batch_size
+    vocab = training.tokenizer.vocab_size
+    padded = config.model.padded_vocab_size(vocab)
+    scored = 0.5 if config.model.objective == "masked_diffusion" else 1.0
+    flops = training_flops(config.model, tokens=1, head_rows=scored, sequence_length=seq, vocab_size=padded)
+    gpu = topology.device.type == "cuda"
+    device = torch.cuda.get_device_name() if gpu else "CPU"
+    backend = "NCCL" if gpu else "gloo, megatron-core on the CPU backend"
+    layers = "Transformer Engine" if uses_transformer_engine() else "megatron_dlm's own"
+    lines = [
+        f"versions   megatron_dlm {version('megatron-dlm')} | megatron-core {version('megatron-core')} | "
+        f"torch {torch.__version__}",
+        f"objective  {config.model.objective} | seed {config.run.seed} | {config.train.precision}",
+        f"layout     {topology} on {topology.world_size} x {device} | {backend} | layers: {layers}",
+        f"model      {format_count(parameter_count(config.model, padded))} parameters | vocabulary {vocab} "
+        f"(padded to {padded}) | {flops / 1e6:.4g} MFLOP/token",
+        f"data       {format_count(dataset.num_tokens)} tokens, {format_count(dataset.unique_tokens)} unique in use | "
+        f"{dataset.bytes_per_token:.2f} bytes/token",
+        f"batch      {batch} x {seq} = {format_count(batch * seq)} tokens/step | {stream.num_microbatches} micro-batches "
+        f"of {stream.micro_batch_size} per rank",
+        f"length     {training.steps} steps | {format_count(training.steps * batch * seq)} tokens | "
+        f"{dataset.epoch(training.steps * batch):.2f} epochs",
+        f"outputs    {config.run.directory}/{{metrics.jsonl,tensorboard,checkpoints}}",
+    ]
+    if resumed:
+        lines.append(f"resume     {resumed}")
+    return lines

@@ -1,0 +1,94 @@
+"""Builds everything a run needs from its configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dlm_kernels.philox import Purpose
+from megatron.core.distributed import DistributedDataParallel
+from megatron_dlm.config import Config, ConfigError, SourceConfig
+from megatron_dlm.data.dataset import Dataset
+from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_dlm.diffusion.objective import build_objective
+from megatron_dlm.model.transformer import build_model
+from megatron_dlm.parallel.topology import Topology
+from megatron_dlm.training.batches import BatchStream
+from megatron_dlm.training.optimizer import Optimizer, wrap
+
+
+@dataclass
+class Training:
+    """The parts of a run on this rank."""
+
+    config: Config
+    topology: Topology
+    tokenizer: Tokenizer
+    chunks: list[DistributedDataParallel]
+    optimizer: Optimizer
+    train_stream: BatchStream
+    valid_stream: BatchStream | None
+    steps: int
+
+    @property
+    def valid_sequences(self) -> int:
+        """Sequences per evaluation: as configured, at most what the validation data has."""
+        if self.valid_stream is None:
+            return 0
+        return min(self.config.evaluate.sequences, self.valid_stream.dataset.samples_per_epoch)
+
+
+def build(config: Config, topology: Topology) -> Training:
+    """Open the data, build and initialise the model, wrap it, and create its optimizer; collective.
+
+    Raises ``ConfigError`` or ``DataError`` with a one-line cause.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    train_data, valid_data = open_data(config, tokenizer)
+    objective = build_objective(
+        config, mask_token_id=tokenizer.mask_token_id, end_of_document_id=tokenizer.end_of_document_id
+    )
+    chunks = wrap(build_model(config, topology, vocab_size=tokenizer.vocab_size), config)
+    steps = total_steps(config, train_data)
+    return Training(
+        config=config,
+        topology=topology,
+        tokenizer=tokenizer,
+        chunks=chunks,
+        optimizer=Optimizer(config, chunks, steps=steps),
+        train_stream=BatchStream(config, train_data, objective, topology),
+        valid_stream=BatchStream(config, valid_data, objective, topology) if valid_data else None,
+        steps=steps,
+    )
+
+
+def open_data(config: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+    """The training and the validation data (None where the configuration names none).
+
+    Raises ``ConfigError`` or ``DataError`` with a one-line cause.
+    """
+    if not config.data.train:
+        raise ConfigError("data.train is empty; name at least one prefix written by `megatron-dlm prepare`")
+
+    def open_sources(sources: list[SourceConfig], purpose: Purpose, unique_tokens: int | None) -> Dataset:
+        return Dataset(
+            sources,
+            sequence_length=config.data.sequence_length,
+            seed=config.run.seed,
+            unique_tokens=unique_tokens,
+            purpose=purpose,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+        )
+
+    train = open_sources(config.data.train, Purpose.TRAIN, config.data.unique_tokens)
+    valid = open_sources(config.data.valid, Purpose.VALIDATION, None) if config.data.valid else None
+    return train, valid
+
+
+def total_steps(config: Config, dataset: Dataset) -> int:
+    """``train.steps``, or the steps that cover ``train.epochs`` passes over the unique tokens, at least one."""
+    if config.train.steps is not None:
+        return config.train.steps
+    assert config.train.epochs is not None
+    return max(1, math.ceil(config.train.epochs * dataset.samples_per_epoch / config.train.global_batch_size))

@@ -1,0 +1,140 @@
+"""One training step: the only place where diffusion meets the pipeline schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron_dlm.model.transformer import DiffusionTransformer, TokenLosses
+from megatron_dlm.parallel.topology import Topology
+from megatron_dlm.training.batches import BatchStream, MicroBatch
+from megatron_dlm.training.optimizer import Optimizer
+
+Chunk = DistributedDataParallel | DiffusionTransformer
+
+
+class StepReport(NamedTuple):
+    """One step's global figures, equal on all ranks."""
+
+    loss: float
+    """Weighted cross-entropy per eligible token (nats); an estimate of the NELBO for masked diffusion."""
+    grad_norm: float
+    lr: float
+    applied: bool
+    eligible_tokens: int
+    scored_tokens: int
+    """Tokens with a loss: the masked ones, or all of them for the autoregressive objective."""
+    accuracy: float
+    """Share of the scored tokens whose target has the largest logit."""
+    stop_requested: bool
+    """Whether any rank was asked to stop; all ranks agree, so that all of them save the same step."""
+
+
+def train_step(
+    chunks: list[DistributedDataParallel],
+    optimizer: Optimizer,
+    stream: BatchStream,
+    topology: Topology,
+    *,
+    step: int,
+    seed: int,
+    stop_requested: bool = False,
+) -> StepReport:
+    """Noise, forward, backward, one global normalisation, update; collective."""
+    topology.seed_dropout(seed, step)
+    for chunk in chunks:
+        chunk.train()
+    optimizer.zero_grad()
+    reports = run_pipeline(
+        chunks,
+        lambda reads_tokens: stream.training(step, reads_tokens=reads_tokens),
+        _training_output,
+        num_microbatches=stream.num_microbatches,
+        seq_length=stream.dataset.sequence_length,
+        micro_batch_size=stream.micro_batch_size,
+    )
+    update = optimizer.step(step)
+    totals = torch.zeros(5, dtype=torch.float64, device=topology.device)
+    if topology.reports_loss:
+        totals[:4] = sum(reports)
+    totals[4] = float(stop_requested)
+    loss, eligible, scored, correct, stop = topology.sum_over_world(totals).tolist()
+    return StepReport(
+        loss=loss / max(eligible, 1.0),
+        grad_norm=update.grad_norm,
+        lr=update.lr,
+        applied=update.applied,
+        eligible_tokens=int(eligible),
+        scored_tokens=int(scored),
+        accuracy=correct / max(scored, 1.0),
+        stop_requested=stop > 0,
+    )
+
+
+def run_pipeline(
+    chunks: list[Any],
+    batches: Callable[[bool], Iterator[MicroBatch]],
+    output: Callable[..., Any],
+    *,
+    num_microbatches: int,
+    seq_length: int,
+    micro_batch_size: int,
+    forward_only: bool = False,
+) -> list[Any]:
+    """Run the micro-batches through megatron's schedule for the layout; collective.
+
+    Args:
+        chunks: this rank's chunks, wrapped or bare.
+        batches: ``batches(reads_tokens)`` iterates over this rank's micro-batches; called once a chunk.
+        output: ``output(micro_batch, model_output)`` on the last stage gives (loss sum, number of tokens,
+            report) for training, or with ``forward_only`` anything at all.
+
+    Returns:
+        The reports (or the outputs), one per micro-batch, on the last stage; an empty list elsewhere.
+    """
+    iterators = [batches(_reads_tokens(chunk)) for chunk in chunks]
+
+    def forward_step(iterator: Iterator[MicroBatch], model: Chunk) -> tuple[Any, Callable[..., Any]]:
+        micro_batch = next(iterator)
+        model_output = model(micro_batch.inputs, micro_batch.lengths, micro_batch.batch)
+        if isinstance(model_output, TokenLosses):  # the schedule wants a tensor; the rest goes to our function
+            return model_output.loss_sum, partial(_call, output, micro_batch, model_output)
+        return model_output, partial(_call, output, micro_batch)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks,
+        num_microbatches=num_microbatches,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+
+
+def _call(output: Callable[..., Any], micro_batch: MicroBatch, *outputs: Any, non_loss_data: bool = False) -> Any:
+    """Adapt ``output(micro_batch, model_output)`` to the schedule, which appends its own tensor to the arguments."""
+    return output(micro_batch, outputs[0])
+
+
+def _reads_tokens(chunk: Chunk) -> bool:
+    bare = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+    return bare.pre_process or bare.post_process
+
+
+def _training_output(micro_batch: MicroBatch, losses: TokenLosses) -> tuple[Tensor, Tensor, Tensor]:
+    batch = micro_batch.batch
+    assert batch is not None
+    device = losses.loss_sum.device
+    scored = batch.weights != 0  # padding of the row count has weight zero
+    counts = torch.stack([scored.sum(), (losses.correct & scored).sum()])
+    eligible = torch.tensor([batch.num_eligible], dtype=torch.float64, device=device)
+    report = torch.cat([losses.loss_sum.detach().double().view(1), eligible, counts.double()])
+    return losses.loss_sum, eligible[0].int(), report

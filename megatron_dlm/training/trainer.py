@@ -1,0 +1,102 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from megatron_dlm.config import Config
+from megatron_dlm.config_loading import from_dict
+from megatron_dlm.config_validation import check_schedule, validate
+from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.evaluation.held_out import held_out_nelbo, unigram_cross_entropy
+from megatron_dlm.parallel import topology as parallel
+from megatron_dlm.parallel.megatron_config import check_pass_through
+from megatron_dlm.training import checkpoint
+from megatron_dlm.training.resilience import EXIT_REQUEUE, StopSignal
+from megatron_dlm.training.run_log import RunLog
+from megatron_dlm.training.setup import Training, build, open_data, total_steps
+from megatron_dlm.training.step import train_step
+
+
+def preflight(config: Config, *, world_size: int | None = None) -> None:
+    """Find every configuration and data error before workers start.
+
+    Raises ``ConfigError`` or ``DataError`` with a one-line cause and fix.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    validate(config, world_size=world_size, vocab_size=tokenizer.vocab_size)
+    check_pass_through(config)
+    train_data, _ = open_data(config, tokenizer)
+    check_schedule(config, total_steps(config, train_data))
+    checkpoint.resumable(config, tokenizer, train_data)
+
+
+def run_worker(config_dict: dict[str, Any]) -> None:
+    """Train on this rank. Raises ``SystemExit(75)`` when a signal stopped the run after it was saved."""
+    config = from_dict(config_dict)
+    topology = parallel.initialize(config.parallel)
+    finished = train(build(config, topology))
+    parallel.shutdown()
+    if not finished:
+        raise SystemExit(EXIT_REQUEUE)
+
+
+def train(training: Training) -> bool:
+    """Train to the last step, or until a stop signal; collective. Returns whether the run is finished."""
+    config = training.config
+    saved = checkpoint.resumable(config, training.tokenizer, training.train_stream.dataset)
+    step = checkpoint.load(training, saved) if saved else 0
+    log = RunLog(training, first_step=step, resumed=saved)
+    evaluate = Evaluator(training)
+    stopped = False
+    with StopSignal() as stop:
+        while step < training.steps and not stopped:
+            log.restart_clock()
+            report = train_step(
+                training.chunks,
+                training.optimizer,
+                training.train_stream,
+                training.topology,
+                step=step,
+                seed=config.run.seed,
+                stop_requested=stop.requested,
+            )
+            step, stopped = step + 1, report.stop_requested
+            log.step(step, report)
+            if stopped or step == training.steps or step % config.checkpoint.interval == 0:
+                saved = checkpoint.save(training, step=step)
+            if not stopped and evaluate.is_due(step):
+                log.evaluation(evaluate(step))
+    log.close(step, saved)
+    return step == training.steps
+
+
+class Evaluator:
+    """Held-out NELBO beside the held-out unigram cross-entropy, which is what token frequencies alone reach."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self._unigram: float | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Every ``evaluate.interval`` steps and after the last one, where there is validation data."""
+        due = step % self._training.config.evaluate.interval == 0 or step == self._training.steps
+        return due and self._training.valid_stream is not None
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        """The evaluation record after ``step`` completed steps; collective."""
+        training, count = self._training, self._training.valid_sequences
+        assert training.valid_stream is not None
+        result = held_out_nelbo(training.chunks, training.valid_stream, training.topology, num_sequences=count)
+        if self._unigram is None:
+            counts = training.train_stream.dataset.unigram_counts(training.tokenizer.vocab_size)
+            self._unigram = unigram_cross_entropy(counts, training.valid_stream.dataset.sequences(np.arange(count)))
+        return {
+            "step": step,
+            "valid_nelbo": result.nelbo,
+            "valid_nelbo_ci95": result.ci95,
+            "valid_unigram": self._unigram,
+            "valid_sequences": result.sequences,
+        }

@@ -1,0 +1,38 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``train`` and ``valid`` token files: some chapters of the language reference, in bytes."""
+    from pydoc_data.topics import topics
+
+    from megatron_dlm.data.prepare import PrepareOptions, prepare
+
+    folder = tmp_path_factory.mktemp("tiny-data")
+    inputs = folder / "chapters"
+    inputs.mkdir()
+    for name in sorted(topics)[:24]:
+        (inputs / f"{name.replace('/', '-')}.txt").write_text(topics[name][:4000], encoding="utf-8")
+    prepare(PrepareOptions(output=folder, inputs=[inputs], tokenizer="byte", valid_fraction=0.2))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """Forked ranks would inherit what a test on one process has started."""
+    yield
+    if dist.is_initialized():
+        from megatron_dlm.parallel.topology import shutdown
+
+        shutdown()

@@ -1,0 +1,99 @@
+"""A run is the same at every parallel layout, micro-batch size and recompute setting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import megatron_dlm.training.setup  # noqa: F401  (imported once, in the parent of the forked ranks)
+from tests.ranks import run_ranks
+from tests.runs import Trace, run_cases, tiny_config
+
+STEPS = 20
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP2": (2, TP2),
+    "TP2+SP": (2, {**TP2, "sequence_parallel": True}),
+    "PP2": (2, PP2),
+    "PP2xVP2": (2, {**PP2, "virtual_pipeline_model_parallel_size": 2}),
+    "DP2": (2, {}),
+    "TP2-PP2-DP2": (8, {**TP2, **PP2}),
+}
+MODELS = {
+    "diffusion": {"objective": "masked_diffusion"},
+    "diffusion tied": {"objective": "masked_diffusion", "tie_embeddings": True},
+    "autoregressive": {"objective": "autoregressive"},
+    "autoregressive tied": {"objective": "autoregressive", "tie_embeddings": True},
+}
+# (model, layout, extra train settings); one process is what everything is compared with.
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    *((model, layout, {}) for model in MODELS for layout in LAYOUTS),
+    ("diffusion", "TP2+SP", {"recompute": "full"}),
+    ("diffusion", "PP2xVP2", {"recompute": "full"}),
+    ("autoregressive", "TP2", {"recompute": "full"}),
+    ("diffusion", "DP2", {"micro_batch_size": 4}),
+    ("diffusion", "one", {"micro_batch_size": 8}),
+    ("diffusion", "one", {"micro_batch_size": 1}),
+    ("autoregressive", "one", {"recompute": "full", "micro_batch_size": 4}),
+    ("diffusion", "one", {"recompute": "full"}),
+]
+
+
+def _name(case: tuple[str, str, dict[str, Any]]) -> str:
+    return " ".join([case[0], case[1], *(f"{key}={value}" for key, value in case[2].items())])
+
+
+@pytest.fixture(scope="module")
+def traces(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trace]:
+    """Every case's trace; the cases of one world size share one launch."""
+    layouts = {"one": (1, {}), **LAYOUTS}
+    cases = [(model, "one", {}) for model in MODELS] + CASES
+    results: dict[str, Trace] = {}
+    for world in (1, 2, 8):
+        here = [case for case in cases if layouts[case[1]][0] == world]
+        configs = [
+            tiny_config(
+                tiny_data,
+                model=MODELS[model],
+                parallel=layouts[layout][1],
+                train={"steps": STEPS, "micro_batch_size": 2, "global_batch_size": 16, **extra},
+            )
+            for model, layout, extra in here
+        ]
+        folder = tmp_path_factory.mktemp(f"world{world}")
+        for case, result in zip(here, run_ranks(run_cases, world, folder, configs, STEPS), strict=True):
+            results[_name(case)] = result
+    return results
+
+
+def _worst(before: list[float], now: list[float]) -> float:
+    return max(abs(a - b) / abs(a) for a, b in zip(before, now, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=_name)
+def test_run_equals_one_process(case: tuple[str, str, dict[str, Any]], traces: dict[str, Trace]) -> None:
+    one, here = traces[f"{case[0]} one"], traces[_name(case)]
+    assert one.losses[-1] < one.losses[0], "the run must learn, or equality says little"
+    loss, norm = _worst(one.losses, here.losses), _worst(one.grad_norms, here.grad_norms)
+    assert here.parameters.keys() == one.parameters.keys()
+    difference = {
+        key: float((here.parameters[key] - whole).norm() / whole.norm()) for key, whole in one.parameters.items()
+    }
+    worst = max(difference, key=difference.__getitem__)
+    print(f"PARITY {_name(case):40} loss {loss:.1e} gradient norm {norm:.1e} parameters {difference[worst]:.1e}")
+    assert loss < 1e-6
+    assert norm < 1e-5
+    assert difference[worst] < 1e-5, worst
+    assert here.nelbo == pytest.approx(one.nelbo, rel=1e-6)
+    torch.testing.assert_close(here.logits, one.logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=_name)
+def test_noised_tokens_are_identical(case: tuple[str, str, dict[str, Any]], traces: dict[str, Trace]) -> None:
+    one, here = traces[f"{case[0]} one"], traces[_name(case)]
+    assert len(one.noised) == STEPS * 16
+    assert here.noised == one.noised

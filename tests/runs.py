@@ -1,0 +1,120 @@
+"""Tiny training runs that tests compare with one another."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_dlm.config import Config
+from megatron_dlm.config_loading import from_dict
+from megatron_dlm.parallel import topology as parallel
+
+TINY: dict[str, Any] = {
+    "run": {"seed": 7},
+    "model": {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 96,
+        "vocab_size_multiple": 64,
+    },
+    "diffusion": {"random_length_probability": 0.1},
+    "data": {"tokenizer": "byte", "sequence_length": 32},
+    "train": {"steps": 20, "micro_batch_size": 2, "global_batch_size": 16},
+    "optimizer": {"lr": 1.0e-3, "min_lr": 1.0e-4, "warmup_steps": 3, "decay_steps": 5},
+    "evaluate": {"interval": 1000, "sequences": 9},
+}
+
+
+def tiny_config(data: Path, **sections: dict[str, Any]) -> Config:
+    """The tiny run on the data prefixes ``data/train`` and ``data/valid``, with sections updated."""
+    tree = {name: dict(values) for name, values in TINY.items()}
+    tree["data"] |= {"train": [{"path": str(data / "train")}], "valid": [{"path": str(data / "valid")}]}
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    return from_dict(tree)
+
+
+@dataclass
+class Trace:
+    """What a run did, gathered on rank 0."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    nelbo: float = 0.0
+    noised: dict[tuple[int, int], str] = field(default_factory=dict)
+    """Digest of xt of every (step, sample id)."""
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The whole tensors, assembled from all ranks."""
+    logits: torch.Tensor | None = None
+
+
+def run_cases(configs: list[Config], steps: int) -> list[Trace]:
+    """Train every configuration on this rank's process group, one after the other."""
+    return [trace(config, steps) for config in configs]
+
+
+def trace(config: Config, steps: int) -> Trace:
+    """Train for ``steps`` steps; collective."""
+    from megatron_dlm.evaluation.held_out import held_out_nelbo
+    from megatron_dlm.inference import Denoiser
+    from megatron_dlm.training.setup import build
+    from megatron_dlm.training.step import train_step
+
+    topology = parallel.initialize(config.parallel)
+    training = build(config, topology)
+    result, noised = Trace(), {}
+    for step in range(steps):
+        report = train_step(
+            training.chunks, training.optimizer, training.train_stream, topology, step=step, seed=config.run.seed
+        )
+        result.losses.append(report.loss)
+        result.grad_norms.append(report.grad_norm)
+        for batch in training.train_stream.training(step, reads_tokens=True):
+            for sample, row in zip(batch.sample_ids.tolist(), batch.inputs, strict=True):
+                noised[step, sample] = hashlib.sha256(row.numpy().tobytes()).hexdigest()
+    count = training.valid_sequences
+    result.nelbo = held_out_nelbo(training.chunks, training.valid_stream, topology, num_sequences=count).nelbo
+    tokens = torch.from_numpy(training.valid_stream.dataset.sequences(torch.arange(2).numpy()))
+    result.logits = Denoiser(training.chunks, topology)(tokens)
+    for part in _gather(noised):
+        result.noised.update(part)
+    result.parameters = assemble(_gather(shards(training.chunks)))
+    return result
+
+
+def shards(chunks: list[Any]) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
+    """(key, global shape, offset, data) of this rank's parameters."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    found = []
+    for chunk in chunks:
+        state = chunk.module.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+        apply_factories(state)
+        for tensor in nested_values(state):
+            if isinstance(tensor, ShardedTensor):
+                found.append((tensor.key, tuple(tensor.global_shape), tensor.global_offset, tensor.data.detach().clone()))
+    return found
+
+
+def assemble(parts: list[Any]) -> dict[str, torch.Tensor]:
+    """Whole tensors from all ranks' shards."""
+    whole: dict[str, torch.Tensor] = {}
+    for part in parts:
+        for key, shape, offset, data in part:
+            target = whole.setdefault(key, torch.full(shape, float("nan")))
+            target[tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))] = data
+    return whole
+
+
+def _gather(value: Any) -> list[Any]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

@@ -1,0 +1,251 @@
+"""The configuration tree: reading, writing, and every contradiction it finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_dlm.config import Config, ConfigError, DataConfig, ModelConfig, ParallelConfig, SourceConfig, TrainConfig
+from megatron_dlm.config_loading import dump_yaml, from_dict, load_config, load_yaml, parse_config, to_dict
+from megatron_dlm.config_validation import check_schedule, data_parallel_size, validate
+
+EXAMPLES = sorted(Path(__file__).parents[2].glob("examples/configs/*.yaml"))
+
+
+def build(**changes: Any) -> Config:
+    """A valid configuration with some keys (``model__num_layers=3``) changed."""
+    config = Config(data=DataConfig(train=[SourceConfig("corpus")], tokenizer="byte"), train=TrainConfig(steps=100))
+    for key, value in changes.items():
+        section, name = key.split("__")
+        assert hasattr(getattr(config, section), name)
+        setattr(getattr(config, section), name, value)
+    return config
+
+
+@pytest.fixture
+def file(tmp_path: Path):
+    def write(text: str | bytes) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_are_valid(path):
+    config = load_config(["--config", str(path)])
+    world_size = config.parallel.model_parallel_size * (config.parallel.data_parallel_size or 1)
+    validate(config, world_size=world_size, vocab_size=1026)
+
+
+def test_examples_are_there():
+    assert {path.name for path in EXAMPLES} >= {"tiny.yaml", "demo.yaml", "tiny_ar.yaml"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_reading_and_writing_are_inverse(path):
+    config = load_config(["--config", str(path)])
+    config.model.transformer_config = {"activation_func_clamp_value": 1e-7, "nested": {"a": [1, None]}}
+    assert from_dict(load_yaml(dump_yaml(config), "written")) == config
+    assert from_dict(to_dict(config)) == config
+
+
+def test_defaults_of_an_empty_mapping():
+    assert from_dict({}) == Config()
+
+
+def test_command_line_overrides_the_file(file):
+    path = file("model: {num_layers: 2, transformer_config: {a: 1}}\ndata: {train: [{path: x}]}\ntrain: {steps: 9}")
+    config = parse_config(
+        ["--config", path, "--model.num_layers=8", "--model.transformer_config.b", "2"]
+        + ["--data.train", "[{path: y}, {path: z, weight: 2}]", "--model.qk_norm", "false", "--model.head_dim", "null"]
+    )
+    assert config.model.num_layers == 8 and config.train.steps == 9
+    assert config.model.transformer_config == {"a": 1, "b": 2}
+    assert config.data.train == [SourceConfig("y"), SourceConfig("z", 2.0)]
+    assert config.model.qk_norm is False and config.model.head_dim is None
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", ".001", "0.001", "1.e-3", "10e-4"])
+def test_numbers_without_a_dot(file, text):
+    assert parse_config(["--config", file(f"optimizer: {{lr: {text}}}")]).optimizer.lr == 0.001
+    assert parse_config(["--optimizer.lr", text]).optimizer.lr == 0.001
+    assert from_dict(load_yaml(f"optimizer: {{lr: {text}}}", "x")).optimizer.lr == 0.001
+
+
+def test_words_that_look_like_numbers_stay_words():
+    assert load_yaml("[e3, 1e, 1e-3x, -e3, 12e]", "x") == ["e3", "1e", "1e-3x", "-e3", "12e"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimizer: {lrr: 1}", "unknown key optimizer.lrr (did you mean lr?); the keys of optimizer are: lr, min_lr,"),
+        ("optimiser: {lr: 1}", "unknown key optimiser (did you mean optimizer?); the keys at the top are: run, model,"),
+        ("data: {train: [{pth: x}]}", "unknown key data.train[0].pth (did you mean path?)"),
+        ("data: {train: [{weight: 1}]}", "data.train[0] has no path"),
+        ("data: {train: x}", "data.train must be a list, not 'x'"),
+        ("optimizer: {lr: fast}", "optimizer.lr must be a number, not 'fast'"),
+        ("train: {steps: 1.5}", "train.steps must be an integer, not 1.5"),
+        ("train: {steps: true}", "train.steps must be an integer, not True"),
+        ("model: {qk_norm: 3}", "model.qk_norm must be true or false, not 3"),
+        ("model: {num_layers: null}", "model.num_layers must be an integer, not None"),
+        ("run: {directory: 3}", "run.directory must be a string, not 3"),
+        ("optimizer: {schedule: cosin}", "one of wsd, cosine, linear, constant, not 'cosin' (did you mean cosine?)"),
+        ("model: {transformer_config: 3}", "model.transformer_config must be a mapping of keys to values, not 3"),
+        ("model: 3", "model must be a mapping of keys to values, not 3"),
+        ("[1]", "the configuration must be a mapping of keys to values, not [1]"),
+    ],
+)
+def test_unknown_keys_and_wrong_types_name_the_valid_ones(file, text, message):
+    with pytest.raises(ConfigError) as from_file:
+        parse_config(["--config", file(text)])
+    with pytest.raises(ConfigError) as from_mapping:
+        from_dict(load_yaml(text, "x"))
+    for error in (from_file, from_mapping):
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.layers", "3"], "unknown key model.layers (did you mean num_layers?); the keys of model are:"),
+        (["--model.num_l", "3"], "unknown key model.num_l (did you mean num_layers?)"),
+        (["--mdl.num_layers=3"], "unknown key mdl (did you mean model?); the keys at the top are: run"),
+        (["--run.directory", "2024", "--model.num_layers", "x"], "model.num_layers must be an integer, not 'x'"),
+        (["--train.steps"], "--train.steps"),
+        (["stray"], "stray"),
+        (["--config", "absent.yaml"], "cannot read the configuration file 'absent.yaml': No such file"),
+        (["--model", "absent.yaml"], "model must be a mapping"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ConfigError) as error:
+        parse_config(options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"\xff\xfe", "is not UTF-8"), (b"model: {a: [1\n", "config.yaml:2 is not valid YAML")],
+)
+def test_unreadable_files(file, content, message):
+    with pytest.raises(ConfigError) as error:
+        parse_config(["--config", file(content)])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_valid_configuration_is_accepted():
+    validate(build(), world_size=2, vocab_size=1000)
+    validate(build(train__steps=None, train__epochs=0.5))
+    validate(
+        build(
+            parallel__tensor_model_parallel_size=2,
+            parallel__pipeline_model_parallel_size=2,
+            parallel__virtual_pipeline_model_parallel_size=2,
+            parallel__sequence_parallel=True,
+            parallel__data_parallel_size=2,
+        ),
+        world_size=8,
+        vocab_size=1000,
+    )
+
+
+TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
+VPP, DP = "parallel__virtual_pipeline_model_parallel_size", "parallel__data_parallel_size"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__num_layers": 0}, "model.num_layers is 0; it must be greater than 0"),
+        ({"model__head_dim": -2}, "model.head_dim is -2"),
+        ({"optimizer__lr": float("nan")}, "optimizer.lr is nan; it must be a finite number"),
+        ({"optimizer__weight_decay": -0.1}, "optimizer.weight_decay is -0.1; it must not be negative"),
+        ({"optimizer__beta2": 1.0}, "optimizer.beta2 is 1.0; it must be at least 0 and below 1"),
+        ({"model__hidden_dropout": 1.0}, "model.hidden_dropout is 1.0"),
+        ({"diffusion__random_length_probability": 1.1}, "diffusion.random_length_probability is 1.1; it must"),
+        ({"autoregressive__input_mask_ratio": -0.1}, "autoregressive.input_mask_ratio is -0.1"),
+        ({"diffusion__eps": 0.0}, "diffusion.eps is 0.0"),
+        ({"diffusion__complementary": True}, "diffusion.complementary: true is not available"),
+        ({"run__seed": -1}, "run.seed is -1"),
+        ({"run__seed": 2**64}, "it must be below 2**64"),
+        ({"run__directory": " "}, "run.directory is empty"),
+        ({"model__hidden_size": 250}, "is not a multiple of model.num_attention_heads (4)"),
+        ({"model__head_dim": 33}, "the head dimension is 33 but rotary positions need an even one"),
+        ({"model__num_query_groups": 3}, "must be a multiple of model.num_query_groups (3)"),
+        ({TP: 8}, "model.num_attention_heads (4) must be a multiple of parallel.tensor_model_parallel_size (8)"),
+        ({TP: 4, "model__num_query_groups": 2}, "model.num_query_groups (2) must be a multiple"),
+        ({TP: 4, "model__ffn_hidden_size": 702}, "model.ffn_hidden_size (702) must be a multiple"),
+        ({PP: 3}, "model.num_layers (4) cannot be divided over 3 pipeline stages; use a multiple of 3"),
+        ({PP: 2, VPP: 3}, "over 2 pipeline stages x 3 model chunks; use a multiple of 6"),
+        ({VPP: 2}, "needs parallel.pipeline_model_parallel_size > 1"),
+        ({PP: 2, VPP: 1}, "interleaves nothing; set it to null"),
+        ({PP: 2, VPP: 2, DP: 1, "train__global_batch_size": 12}, "number of micro-batches (3 here)"),
+        ({"parallel__sequence_parallel": True}, "needs parallel.tensor_model_parallel_size > 1"),
+        ({TP: 2, "parallel__sequence_parallel": True, "data__sequence_length": 255}, "data.sequence_length (255)"),
+        ({"train__global_batch_size": 10}, "is not a multiple of train.micro_batch_size (4); use a multiple of 4"),
+        ({DP: 8}, "is not a multiple of train.micro_batch_size (4) x 8 replicas; use a multiple of 32"),
+        ({"data__train": []}, "data.train is empty"),
+        ({"data__train": [SourceConfig("")]}, "data.train[0].path is empty"),
+        ({"data__valid": [SourceConfig("x", 0.0)]}, "data.valid[0].weight is 0.0"),
+        ({"data__tokenizer": ""}, "data.tokenizer is empty"),
+        ({"data__sequence_length": 2**22}, "it must be at most 4194303"),
+        ({"data__unique_tokens": 100}, "data.unique_tokens (100) is less than one sequence"),
+        ({"train__steps": None}, "exactly one of train.steps and train.epochs (neither is set)"),
+        ({"train__epochs": 1.0}, "exactly one of train.steps and train.epochs (both are set)"),
+        ({"optimizer__min_lr": 1.0}, "optimizer.min_lr (1) is above optimizer.lr (0.001)"),
+        ({"train__steps": 39}, "optimizer.decay_steps (20) is more than the 39 training steps"),
+        ({"checkpoint__interval": 0}, "checkpoint.interval is 0"),
+    ],
+)
+def test_contradictions(changes, message):
+    with pytest.raises(ConfigError) as error:
+        validate(build(**changes))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "message"),
+    [
+        ({TP: 2, PP: 2}, 6, "6 processes are no whole number of"),
+        ({TP: 2, DP: 2}, 8, "needs 4 processes, not 8"),
+        ({}, 3, "x 3 replicas; use a multiple of 12"),
+        ({PP: 2, VPP: 2, "train__global_batch_size": 8}, 4, "number of micro-batches (1 here)"),
+    ],
+)
+def test_contradictions_with_the_number_of_processes(changes, world_size, message):
+    validate(build(**changes))
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        validate(build(**changes), world_size=world_size)
+
+
+def test_contradiction_with_the_vocabulary():
+    config = build(**{TP: 3}, model__num_attention_heads=6, model__hidden_size=252, model__ffn_hidden_size=702)
+    validate(config, vocab_size=384)
+    with pytest.raises(ConfigError, match="vocab_size_multiple"):
+        validate(config, vocab_size=385)
+
+
+def test_schedule_of_steps_that_data_decides():
+    check_schedule(build(), 40)
+    with pytest.raises(ConfigError, match="more than the 39"):
+        check_schedule(build(), 39)
+    check_schedule(build(optimizer__schedule="cosine"), 20)
+    with pytest.raises(ConfigError, match=r"optimizer.warmup_steps \(20\) is more than the 19"):
+        check_schedule(build(optimizer__schedule="cosine"), 19)
+
+
+def test_derived_values():
+    assert ModelConfig(hidden_size=96, num_attention_heads=4).resolved_head_dim == 24
+    assert ModelConfig(head_dim=64).resolved_head_dim == 64
+    assert ModelConfig(num_attention_heads=8).resolved_query_groups == 8
+    assert ModelConfig(num_attention_heads=8, num_query_groups=2).resolved_query_groups == 2
+    assert [ModelConfig().padded_vocab_size(size) for size in (1, 128, 129)] == [128, 128, 256]
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=3)
+    assert parallel.model_parallel_size == 6
+    assert data_parallel_size(Config(parallel=parallel), 12) == 2
+    assert data_parallel_size(Config(parallel=parallel), None) is None

@@ -1,0 +1,178 @@
+"""The embedded corpus and the readers of text: the same documents from every format, one-line errors."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pytest
+from datasets import Dataset, DatasetDict
+from pyarrow import parquet
+
+from megatron_dlm.data import DataError
+from megatron_dlm.data.corpus import embedded_documents, find_inputs, read_documents
+
+TEXTS = ["first\r\n  document\n", "", "\u00fcber \u4f60\u597d\n\ttab", "line\u2028separator\x85in a text", "last"]
+
+
+def as_jsonl(folder: Path) -> Path:
+    path = folder / "data.jsonl"
+    lines = [json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 == 0) for i, text in enumerate(TEXTS)]
+    path.write_bytes("\n\n".join(lines).encode())
+    return path
+
+
+def as_gzip(folder: Path) -> Path:
+    path = folder / "data.json.gz"
+    path.write_bytes(gzip.compress(as_jsonl(folder).read_bytes()))
+    return path
+
+
+def as_text(folder: Path) -> Path:
+    inside = folder / "texts"
+    (inside / "b").mkdir(parents=True)
+    for i, text in enumerate(TEXTS):
+        (inside / ("b" if i > 2 else "") / f"{i}.txt").write_bytes(text.encode())
+    (inside / ".hidden").write_bytes(b"\xff")
+    return inside
+
+
+def as_parquet(folder: Path) -> Path:
+    path = folder / "data.parquet"
+    parquet.write_table(pyarrow.table({"text": TEXTS, "other": list(range(len(TEXTS)))}), path)
+    return path
+
+
+def as_dataset(folder: Path) -> Path:
+    path = folder / "dataset"
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(str(path))
+    return path
+
+
+FORMATS: list[Callable[[Path], Path]] = [as_jsonl, as_gzip, as_text, as_parquet, as_dataset]
+
+
+def texts_of(*inputs: Path, **options: object) -> list[str]:
+    return [document.text for document in read_documents(find_inputs(inputs), **options)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_every_format_gives_the_same_documents(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    assert texts_of(write(tmp_path)) == TEXTS
+
+
+def test_inputs_are_read_in_the_order_given(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.py").write_text(name, encoding="utf-8")
+    assert texts_of(tmp_path / "c.py", tmp_path / "a.py") == ["c", "a"]
+    assert texts_of(tmp_path) == ["a", "b", "c"]
+
+
+def test_blank_lines_separate_documents(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\n \none\ntwo\n\n\n  three\n\t\nfour")
+    assert texts_of(path, split_on_blank_lines=True) == ["one\ntwo\n", "  three\n", "four"]
+    origins = [d.origin for d in read_documents([path], split_on_blank_lines=True)]
+    assert origins == [f"{path} line {n}" for n in (3, 7, 9)]
+
+
+def test_text_key(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"content": "x", "text": "y"}\n', encoding="utf-8")
+    assert texts_of(path, text_key="content") == ["x"]
+
+
+def test_embedded_corpus() -> None:
+    documents = list(embedded_documents())
+    names = [document.origin for document in documents]
+    assert documents == list(embedded_documents())
+    assert sum(len(document.text) for document in documents) > 9_000_000
+    assert all(document.text for document in documents) and len(set(names)) == len(names)
+    assert not any("/test/" in name or "site-packages" in name for name in names)
+    assert any(name.endswith("/argparse.py") for name in names)
+    assert "the language reference on 'while'" in names
+    assert not any(sys.prefix in document.text for document in documents)
+
+
+def write_invalid_utf8(folder: Path) -> Path:
+    path = folder / "a.txt"
+    path.write_bytes(b"good\nb\xe9d\n")
+    return path
+
+
+def write_invalid_utf8_lines(folder: Path) -> Path:
+    path = folder / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n{"text": "b\xe9d"}\n')
+    return path
+
+
+def write_lines(*lines: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        path = folder / "a.jsonl"
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+def write_parquet_without_column(folder: Path) -> Path:
+    path = folder / "a.parquet"
+    parquet.write_table(pyarrow.table({"body": ["x"]}), path)
+    return path
+
+
+def write_parquet_of_numbers(folder: Path) -> Path:
+    path = folder / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
+    return path
+
+
+def write_broken_parquet(folder: Path) -> Path:
+    path = folder / "a.parquet"
+    path.write_bytes(b"PAR1 not really")
+    return path
+
+
+def write_truncated_gzip(folder: Path) -> Path:
+    path = as_gzip(folder)
+    path.write_bytes(path.read_bytes()[:-12])
+    return path
+
+
+def write_dataset_of_splits(folder: Path) -> Path:
+    DatasetDict({"train": Dataset.from_dict({"text": ["x"]})}).save_to_disk(str(folder / "splits"))
+    return folder / "splits"
+
+
+def write_dataset_without_column(folder: Path) -> Path:
+    Dataset.from_dict({"body": ["x"]}).save_to_disk(str(folder / "dataset"))
+    return folder / "dataset"
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (write_invalid_utf8, r"a\.txt is not UTF-8 at byte 6 \(0xe9\)"),
+        (write_invalid_utf8_lines, r"a\.jsonl is not UTF-8 at byte 28 \(0xe9\)"),
+        (write_lines('{"text": "a"}', "{oops"), r"a\.jsonl line 2 is not JSON"),
+        (write_lines('["text"]'), "line 1 is not a JSON object"),
+        (write_lines('{"body": "a", "id": 1}'), r"line 1 has no 'text': .*--text-key \(there are: body, id\)"),
+        (write_lines('{"text": null}'), "line 1: 'text' holds NoneType, not text"),
+        (write_parquet_without_column, "has no column 'text': .*there are: body"),
+        (write_parquet_of_numbers, "row 0: 'text' holds int"),
+        (write_broken_parquet, "not a readable parquet file"),
+        (write_truncated_gzip, "is damaged"),
+        (write_dataset_of_splits, r"holds several splits \(train\): give one, such as .*splits/train"),
+        (write_dataset_without_column, "has no column 'text'"),
+        (lambda folder: folder / "absent", "absent does not exist"),
+        (lambda folder: folder, "has no files"),
+    ],
+)
+def test_errors_are_one_sentence(write: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message) as raised:
+        texts_of(write(tmp_path))
+    assert "\n" not in str(raised.value)

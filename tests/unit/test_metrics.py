@@ -1,0 +1,83 @@
+"""FLOPs, formats, and the files a run writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_dlm.config import ModelConfig
+from megatron_dlm.evaluation.held_out import summarize, unigram_cross_entropy
+from megatron_dlm.training.metrics import Reporter, format_count, format_duration, parameter_count, training_flops
+from tests.runs import tiny_config
+
+PAPER_1B = dict(num_layers=26, hidden_size=1792, num_attention_heads=14, ffn_hidden_size=4736, qk_norm=False)
+
+
+def test_parameter_count_of_a_published_size() -> None:
+    """The 1B table entry: 26 layers x 1792, 14 heads of 128, SwiGLU 4736, tied 50,304-row vocabulary."""
+    model = ModelConfig(**PAPER_1B, tie_embeddings=True)
+    layer = 4 * 1792 * 1792 + 3 * 1792 * 4736 + 2 * 1792
+    assert parameter_count(model, 50304) == 26 * layer + 1792 + 50304 * 1792
+    assert 1.08e9 < parameter_count(model, 50304) < 1.10e9
+
+
+def test_flops_are_three_forwards_with_the_head_on_computed_rows() -> None:
+    model = ModelConfig(**PAPER_1B)
+    body = parameter_count(model, 0)
+    flops = training_flops(model, tokens=1, head_rows=0, sequence_length=2048, vocab_size=50304)
+    assert flops == 3 * (2 * body + 4 * 2048 * 1792 * 26)
+    with_head = training_flops(model, tokens=1, head_rows=0.5, sequence_length=2048, vocab_size=50304)
+    assert with_head - flops == 3 * 2 * 1792 * 50304 * 0.5
+    causal = ModelConfig(**PAPER_1B, objective="autoregressive")
+    half = training_flops(causal, tokens=1, head_rows=0, sequence_length=2048, vocab_size=50304)
+    assert flops - half == 3 * 2 * 2048 * 1792 * 26
+
+
+@pytest.mark.parametrize(("value", "text"), [(950, "950"), (61234, "61.2k"), (1.07e6, "1.07M"), (8.19e9, "8.19B")])
+def test_counts_have_three_digits_and_a_unit(value: float, text: str) -> None:
+    assert format_count(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(42, "42s"), (187, "3m07s"), (18720, "5h12m")])
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_interval_takes_pairs_as_units_and_covers() -> None:
+    """Antithetic neighbours (z, -z plus noise): the interval of the pairs covers, and is narrower than the naive one."""
+    generator, covered, narrower = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        z = generator.normal(size=32)
+        values = np.stack([5 + z, 5 - z], axis=1).reshape(-1) + 0.3 * generator.normal(size=64)
+        result = summarize(values)
+        covered += abs(result.nelbo - 5) <= result.ci95
+        narrower += result.ci95 < 1.96 * values.std(ddof=1) / 8
+    assert 0.90 <= covered / 400 <= 0.98
+    assert narrower == 400
+
+
+def test_unigram_cross_entropy_of_a_uniform_corpus_is_log_vocabulary() -> None:
+    assert unigram_cross_entropy(np.full(50, 7), np.arange(50).reshape(5, 10)) == pytest.approx(math.log(50))
+    skewed = unigram_cross_entropy(np.array([98, 0]), np.zeros((1, 4), dtype=np.int64))
+    assert skewed == pytest.approx(-math.log(99 / 100))
+
+
+def test_resumed_metrics_hold_every_step_once(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, run={"directory": str(tmp_path / "run")})
+    record = {"loss": 1.0, "grad_norm": 1.0, "lr": 1e-3}
+    reporter = Reporter(config, active=True, steps=4, first_step=0)
+    for step in (1, 2, 3):
+        reporter.step({"step": step, **record}, show=False)
+    reporter.close()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+    again = Reporter(config, active=True, steps=4, first_step=2)
+    again.step({"step": 3, **record}, show=False)
+    again.close()
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3]
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))

@@ -1,0 +1,105 @@
+"""Draws the loss curves of one or several runs.
+
+    python tools/plot.py runs/demo/metrics.jsonl [more.jsonl ...] [--output FILE.png]
+
+Left: training loss (faint, with its running mean) and held-out NELBO with its 95 % interval, over training tokens; the
+dotted line is the held-out unigram cross-entropy, which token frequencies alone reach. Right: gradient norm and
+learning rate over steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+
+def read_records(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(training records, evaluation records) of a metrics.jsonl. Raises ``ValueError`` where there are none."""
+    steps, evaluations = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not JSON; give a run's metrics.jsonl") from error
+        (evaluations if "valid_nelbo" in record else steps).append(record)
+    if not steps:
+        raise ValueError(f"{path} has no training steps; give a run's metrics.jsonl")
+    return steps, evaluations
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean over the last ``width`` values (fewer at the start), [n] -> [n]."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - width, 0)
+    return (total[end] - total[start]) / (end - start)
+
+
+def draw(paths: list[Path], output: Path) -> None:
+    """Write the figure. Raises ``ValueError`` or ``OSError`` for files that cannot be drawn."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=[3, 2], layout="constrained")
+    rates = right.twinx()
+    for index, path in enumerate(paths):
+        steps, evaluations = read_records(path)
+        color, name = f"C{index}", path.parent.name or path.stem
+        tokens = np.array([r["consumed_tokens"] for r in steps]) / 1e6
+        loss = np.array([r["loss"] for r in steps])
+        left.plot(tokens, loss, color=color, alpha=0.2, linewidth=0.8)
+        smooth = running_mean(loss, max(1, len(loss) // 50))
+        left.plot(tokens, smooth, color=color, linewidth=1.6, label=f"{name}: training loss")
+        if evaluations:
+            at = {r["step"]: x for r, x in zip(steps, tokens, strict=True)}
+            shown = [r for r in evaluations if r["step"] in at]
+            left.errorbar(
+                [at[r["step"]] for r in shown],
+                [r["valid_nelbo"] for r in shown],
+                yerr=[r["valid_nelbo_ci95"] for r in shown],
+                color=color,
+                fmt="o--",
+                markersize=4,
+                capsize=2,
+                label=f"{name}: held-out NELBO (95 %)",
+            )
+            left.axhline(evaluations[-1]["valid_unigram"], color=color, linestyle=":", label=f"{name}: held-out unigram")
+        number = [r["step"] for r in steps]
+        right.plot(number, [r["grad_norm"] for r in steps], color=color, linewidth=0.8, label=f"{name}: gradient norm")
+        rates.plot(number, [r["lr"] for r in steps], color=color, linestyle="--", linewidth=1.2)
+    left.set(xlabel="training tokens (millions)", ylabel="nats per token", title="Loss")
+    right.set(xlabel="step", ylabel="gradient norm", yscale="log", title="Optimisation")
+    rates.set_ylabel("learning rate (dashed)")
+    left.grid(alpha=0.3)
+    right.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    right.legend(fontsize=8)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=130)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("metrics", nargs="+", type=Path, help="metrics.jsonl of a run")
+    parser.add_argument("--output", type=Path, help="the figure (default: loss.png beside the first file)")
+    options = parser.parse_args(arguments)
+    output = options.output or options.metrics[0].with_name("loss.png")
+    try:
+        draw(options.metrics, output)
+    except (ValueError, OSError) as error:
+        print(f"plot: {error}", file=sys.stderr)
+        return 2
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
