@@ -10,6 +10,8 @@ from megatron_dlm.config import Config, ConfigError
 
 # One sequence's positions share a counter space of 2**22 in the random number generator.
 MAX_SEQUENCE_LENGTH = 2**22 - 1
+# Mask thresholds are 32-bit integers; eps keeps its share of them exact up to here.
+MAX_EPS = 0.25
 
 _POSITIVE = (
     "model.num_layers model.hidden_size model.num_attention_heads model.num_query_groups model.head_dim "
@@ -24,9 +26,7 @@ _NOT_NEGATIVE = (
     "optimizer.weight_decay optimizer.clip_grad"
 ).split()
 _AT_MOST_ONE = "diffusion.random_length_probability autoregressive.input_mask_ratio".split()
-_BELOW_ONE = (
-    "model.attention_dropout model.hidden_dropout diffusion.eps optimizer.beta1 optimizer.beta2"
-).split()
+_BELOW_ONE = ("model.attention_dropout model.hidden_dropout diffusion.eps optimizer.beta1 optimizer.beta2").split()
 
 
 def validate(config: Config, *, world_size: int | None = None, vocab_size: int | None = None) -> None:
@@ -42,6 +42,8 @@ def validate(config: Config, *, world_size: int | None = None, vocab_size: int |
     _check_data(config)
     if config.diffusion.complementary:
         raise ConfigError("diffusion.complementary: true is not available in this version; set it to false")
+    if config.diffusion.eps >= MAX_EPS:
+        raise ConfigError(f"diffusion.eps is {config.diffusion.eps}; it must be below {MAX_EPS}")
     if (config.train.steps is None) == (config.train.epochs is None):
         given = "neither is" if config.train.steps is None else "both are"
         raise ConfigError(f"give exactly one of train.steps and train.epochs ({given} set)")

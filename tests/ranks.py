@@ -26,7 +26,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *args
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
     ranks = [
-        context.Process(target=_run, args=(function, rank, world_size, port, folder, args)) for rank in range(world_size)
+        context.Process(target=_run, args=(function, rank, world_size, port, folder, args))
+        for rank in range(world_size)
     ]
     for process in ranks:
         process.start()

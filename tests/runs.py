@@ -100,7 +100,9 @@ def shards(chunks: list[Any]) -> list[tuple[str, tuple[int, ...], tuple[int, ...
         apply_factories(state)
         for tensor in nested_values(state):
             if isinstance(tensor, ShardedTensor):
-                found.append((tensor.key, tuple(tensor.global_shape), tensor.global_offset, tensor.data.detach().clone()))
+                found.append(
+                    (tensor.key, tuple(tensor.global_shape), tensor.global_offset, tensor.data.detach().clone())
+                )
     return found
 
 

@@ -66,7 +66,9 @@ def plain_step(training: Training) -> Callable[[int], float]:
     bf16 = config.train.precision == "bf16"
     for layer in network.model.layers:
         layer.self_attn.is_causal = False
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay
+    )
     stream = training.train_stream
 
     def step(number: int) -> float:

@@ -69,7 +69,9 @@ def draw(paths: list[Path], output: Path) -> None:
                 capsize=2,
                 label=f"{name}: held-out NELBO (95 %)",
             )
-            left.axhline(evaluations[-1]["valid_unigram"], color=color, linestyle=":", label=f"{name}: held-out unigram")
+            left.axhline(
+                evaluations[-1]["valid_unigram"], color=color, linestyle=":", label=f"{name}: held-out unigram"
+            )
         number = [r["step"] for r in steps]
         right.plot(number, [r["grad_norm"] for r in steps], color=color, linewidth=0.8, label=f"{name}: gradient norm")
         rates.plot(number, [r["lr"] for r in steps], color=color, linestyle="--", linewidth=1.2)

@@ -141,9 +141,7 @@ def _prepare(
     progress: bool,
 ) -> Prepared:
     def documents() -> Iterator[Document]:
-        yield from read_documents(
-            paths, text_key=options.text_key, split_on_blank_lines=options.split_on_blank_lines
-        )
+        yield from read_documents(paths, text_key=options.text_key, split_on_blank_lines=options.split_on_blank_lines)
         if options.embedded:
             yield from embedded_documents()
 

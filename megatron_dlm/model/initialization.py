@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
-
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.transformer.module import MegatronModule

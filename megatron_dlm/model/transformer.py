@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
-from dlm_kernels.reference import linear_cross_entropy
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -15,6 +12,9 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from dlm_kernels.reference import linear_cross_entropy
 from megatron_dlm.config import Config
 from megatron_dlm.diffusion.objective import Batch
 from megatron_dlm.model.initialization import initialize_weights

@@ -10,7 +10,6 @@ import logging
 from typing import Any
 
 import torch
-
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer

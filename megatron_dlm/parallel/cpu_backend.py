@@ -60,7 +60,9 @@ def install_without_gpu() -> bool:
     if torch.cuda.is_available():
         return False
     if "megatron.core" in sys.modules:
-        raise RuntimeError("megatron.core was imported before megatron_dlm.parallel; import megatron_dlm.parallel first")
+        raise RuntimeError(
+            "megatron.core was imported before megatron_dlm.parallel; import megatron_dlm.parallel first"
+        )
     # They can be imported without a GPU, and megatron would then take their fused Adam and fail.
     sys.modules["transformer_engine"] = sys.modules["apex"] = None  # type: ignore[assignment]
     generator = torch.Generator()

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
+
 from megatron_dlm.config import Config, ConfigError
 
 T = TypeVar("T")
@@ -18,9 +18,9 @@ T = TypeVar("T")
 # Features of megatron's TransformerConfig that our transformer does not build. Accepted silently, they
 # would leave a run that is not what its configuration says.
 _NOT_BUILT = (
-    "context_parallel expert_ cp_comm hybrid_context moe_ num_moe mtp_ multi_latent experimental_attention dsa_ linear_ "
-    "mamba_ is_hybrid heterogeneous_ hetereogenous_ cuda_graph enable_cuda_graph external_cuda_graph inference_ "
-    "use_inference fp16 position_embedding mrope window_ no_rope quant_recipe use_kitchen kitchen_ "
+    "context_parallel expert_ cp_comm hybrid_context moe_ num_moe mtp_ multi_latent experimental_attention dsa_ "
+    "linear_ mamba_ is_hybrid heterogeneous_ hetereogenous_ cuda_graph enable_cuda_graph external_cuda_graph "
+    "inference_ use_inference fp16 position_embedding mrope window_ no_rope quant_recipe use_kitchen kitchen_ "
     "softmax_type log_max_attention qk_clip attention_output_gate fine_grained"
 ).split()
 

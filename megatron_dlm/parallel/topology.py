@@ -8,9 +8,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
 from megatron_dlm.config import ConfigError, ParallelConfig
 
 _DROPOUT_SEED_BOUND = 2**31
@@ -100,7 +100,8 @@ def initialize(config: ParallelConfig, *, timeout_minutes: float = 30.0) -> Topo
     world, virtual = dist.get_world_size(), config.virtual_pipeline_model_parallel_size
     if world % (tensor * pipeline):
         raise ConfigError(
-            f"{world} processes cannot be split into TP {tensor} x PP {pipeline}; start a multiple of {tensor * pipeline}"
+            f"{world} processes cannot be split into TP {tensor} x PP {pipeline}; "
+            f"start a multiple of {tensor * pipeline}"
         )
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(

@@ -90,7 +90,7 @@ def resumable(config: Config, tokenizer: Tokenizer, train_data: Dataset) -> Path
         return None
     if config.checkpoint.resume == "never":
         raise ConfigError(
-            f"{root} already has checkpoints and checkpoint.resume is never; choose another run.directory or resume: auto"
+            f"{root} already has checkpoints and checkpoint.resume is never; choose another run.directory, or auto"
         )
     pointer = root / "latest"
     named = root / pointer.read_text().strip() if pointer.exists() else checkpoints[-1]

@@ -125,8 +125,8 @@ def banner(training: Training, resumed: Path | None) -> list[str]:
         f"(padded to {padded}) | {flops / 1e6:.4g} MFLOP/token",
         f"data       {format_count(dataset.num_tokens)} tokens, {format_count(dataset.unique_tokens)} unique in use | "
         f"{dataset.bytes_per_token:.2f} bytes/token",
-        f"batch      {batch} x {seq} = {format_count(batch * seq)} tokens/step | {stream.num_microbatches} micro-batches "
-        f"of {stream.micro_batch_size} per rank",
+        f"batch      {batch} x {seq} = {format_count(batch * seq)} tokens/step | "
+        f"{stream.num_microbatches} micro-batches of {stream.micro_batch_size} per rank",
         f"length     {training.steps} steps | {format_count(training.steps * batch * seq)} tokens | "
         f"{dataset.epoch(training.steps * batch):.2f} epochs",
         f"outputs    {config.run.directory}/{{metrics.jsonl,tensorboard,checkpoints}}",

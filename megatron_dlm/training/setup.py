@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dlm_kernels.philox import Purpose
 from megatron.core.distributed import DistributedDataParallel
+
+from dlm_kernels.philox import Purpose
 from megatron_dlm.config import Config, ConfigError, SourceConfig
 from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor
+
 from megatron_dlm.model.transformer import DiffusionTransformer, TokenLosses
 from megatron_dlm.parallel.topology import Topology
 from megatron_dlm.training.batches import BatchStream, MicroBatch

@@ -29,29 +29,54 @@ MODELS = {
     "autoregressive": {"objective": "autoregressive"},
     "autoregressive tied": {"objective": "autoregressive", "tie_embeddings": True},
 }
-# (model, layout, extra train settings); one process is what everything is compared with.
-CASES: list[tuple[str, str, dict[str, Any]]] = [
-    *((model, layout, {}) for model in MODELS for layout in LAYOUTS),
+Case = tuple[str, str, dict[str, Any]]  # model, layout, extra train settings; compared with the model on one process
+USUAL: list[Case] = [
+    *(("diffusion", layout, {}) for layout in LAYOUTS),
+    ("diffusion tied", "TP2+SP", {}),
+    ("diffusion tied", "PP2xVP2", {}),
+    ("autoregressive", "TP2+SP", {}),
+    ("autoregressive", "TP2-PP2-DP2", {}),
+    ("autoregressive tied", "PP2", {}),
+    ("autoregressive tied", "DP2", {}),
     ("diffusion", "TP2+SP", {"recompute": "full"}),
     ("diffusion", "PP2xVP2", {"recompute": "full"}),
-    ("autoregressive", "TP2", {"recompute": "full"}),
     ("diffusion", "DP2", {"micro_batch_size": 4}),
     ("diffusion", "one", {"micro_batch_size": 8}),
     ("diffusion", "one", {"micro_batch_size": 1}),
     ("autoregressive", "one", {"recompute": "full", "micro_batch_size": 4}),
-    ("diffusion", "one", {"recompute": "full"}),
+]
+# The rest of the matrix takes minutes: `make parity` runs it.
+REST: list[Case] = [
+    case
+    for case in [
+        *((model, layout, {}) for model in MODELS for layout in LAYOUTS),
+        *((model, layout, {"recompute": "full"}) for model in MODELS for layout in ("TP2", "PP2xVP2", "TP2-PP2-DP2")),
+    ]
+    if case not in USUAL
 ]
 
 
-def _name(case: tuple[str, str, dict[str, Any]]) -> str:
+def name(case: Case) -> str:
     return " ".join([case[0], case[1], *(f"{key}={value}" for key, value in case[2].items())])
 
 
+CASES = [
+    *(pytest.param(case, id=name(case)) for case in USUAL),
+    *(pytest.param(case, id=name(case), marks=pytest.mark.slow) for case in REST),
+]
+
+
 @pytest.fixture(scope="module")
-def traces(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trace]:
-    """Every case's trace; the cases of one world size share one launch."""
+def traces(
+    request: pytest.FixtureRequest, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Trace]:
+    """The traces of the selected cases; the cases of one world size share one launch."""
     layouts = {"one": (1, {}), **LAYOUTS}
-    cases = [(model, "one", {}) for model in MODELS] + CASES
+    cases: list[Case] = [(model, "one", {}) for model in MODELS]
+    for item in request.session.items:
+        case = item.callspec.params["case"] if item.path == request.path else None
+        if case and case not in cases:
+            cases.append(case)
     results: dict[str, Trace] = {}
     for world in (1, 2, 8):
         here = [case for case in cases if layouts[case[1]][0] == world]
@@ -65,8 +90,9 @@ def traces(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
             for model, layout, extra in here
         ]
         folder = tmp_path_factory.mktemp(f"world{world}")
-        for case, result in zip(here, run_ranks(run_cases, world, folder, configs, STEPS), strict=True):
-            results[_name(case)] = result
+        if here:
+            traced = run_ranks(run_cases, world, folder, configs, STEPS, timeout=60.0 * len(here))
+            results |= {name(case): trace for case, trace in zip(here, traced, strict=True)}
     return results
 
 
@@ -74,9 +100,9 @@ def _worst(before: list[float], now: list[float]) -> float:
     return max(abs(a - b) / abs(a) for a, b in zip(before, now, strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=_name)
-def test_run_equals_one_process(case: tuple[str, str, dict[str, Any]], traces: dict[str, Trace]) -> None:
-    one, here = traces[f"{case[0]} one"], traces[_name(case)]
+@pytest.mark.parametrize("case", CASES)
+def test_run_equals_one_process(case: Case, traces: dict[str, Trace]) -> None:
+    one, here = traces[f"{case[0]} one"], traces[name(case)]
     assert one.losses[-1] < one.losses[0], "the run must learn, or equality says little"
     loss, norm = _worst(one.losses, here.losses), _worst(one.grad_norms, here.grad_norms)
     assert here.parameters.keys() == one.parameters.keys()
@@ -84,7 +110,7 @@ def test_run_equals_one_process(case: tuple[str, str, dict[str, Any]], traces: d
         key: float((here.parameters[key] - whole).norm() / whole.norm()) for key, whole in one.parameters.items()
     }
     worst = max(difference, key=difference.__getitem__)
-    print(f"PARITY {_name(case):40} loss {loss:.1e} gradient norm {norm:.1e} parameters {difference[worst]:.1e}")
+    print(f"PARITY {name(case):40} loss {loss:.1e} gradient norm {norm:.1e} parameters {difference[worst]:.1e}")
     assert loss < 1e-6
     assert norm < 1e-5
     assert difference[worst] < 1e-5, worst
@@ -92,8 +118,8 @@ def test_run_equals_one_process(case: tuple[str, str, dict[str, Any]], traces: d
     torch.testing.assert_close(here.logits, one.logits, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES, ids=_name)
-def test_noised_tokens_are_identical(case: tuple[str, str, dict[str, Any]], traces: dict[str, Trace]) -> None:
-    one, here = traces[f"{case[0]} one"], traces[_name(case)]
+@pytest.mark.parametrize("case", CASES)
+def test_noised_tokens_are_identical(case: Case, traces: dict[str, Trace]) -> None:
+    one, here = traces[f"{case[0]} one"], traces[name(case)]
     assert len(one.noised) == STEPS * 16
     assert here.noised == one.noised

@@ -32,7 +32,10 @@ def losses(directory: Path, data: Path, *, gpu: bool) -> list[float]:
     if not gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     subprocess.run(
-        [sys.executable, "-m", "megatron_dlm", "train", "--config", str(config)], env=environment, check=True, timeout=600
+        [sys.executable, "-m", "megatron_dlm", "train", "--config", str(config)],
+        env=environment,
+        check=True,
+        timeout=600,
     )
     records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     return [record["loss"] for record in records if "loss" in record]

@@ -18,8 +18,10 @@ EVERYTHING = [
     path
     for folder in ("kernels", "megatron_dlm", "tests", "tools", "examples", ".ci", ".")
     for path in ((ROOT / folder).glob("*") if folder == "." else (ROOT / folder).glob("**/*"))
-    if path.is_file() and path.suffix in {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".sh", ".cfg", ""}
-    and "__pycache__" not in path.parts and path.name != "LICENSE"
+    if path.is_file()
+    and path.suffix in {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".sh", ".cfg", ""}
+    and "__pycache__" not in path.parts
+    and path.name != "LICENSE"
 ]
 
 # The longest matching prefix decides.

@@ -42,7 +42,11 @@ def test_bf16_keeps_fp32_gradient_reduction() -> None:
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("model", {"transformer_config": {"num_layers": 3}}, "model.transformer_config.num_layers is set by megatron_dlm"),
+        (
+            "model",
+            {"transformer_config": {"num_layers": 3}},
+            "model.transformer_config.num_layers is set by megatron_dlm",
+        ),
         ("model", {"transformer_config": {"hiden_dropout": 3}}, "is not a field of megatron-core's TransformerConfig"),
         ("model", {"transformer_config": {"num_moe_experts": 4}}, "feature that this model does not build"),
         ("model", {"transformer_config": {"rotary_interleaved": "yes"}}, "is 'yes'; give true or false"),

@@ -48,7 +48,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_interval_takes_pairs_as_units_and_covers() -> None:
-    """Antithetic neighbours (z, -z plus noise): the interval of the pairs covers, and is narrower than the naive one."""
+    """Antithetic neighbours (z, -z plus noise): the pairs' interval covers, and is narrower than the naive one."""
     generator, covered, narrower = np.random.default_rng(0), 0, 0
     for _ in range(400):
         z = generator.normal(size=32)
