@@ -71,9 +71,7 @@ def trace(config: Config, steps: int) -> Trace:
     training = build(config, topology)
     result, noised = Trace(), {}
     for step in range(steps):
-        report = train_step(
-            training.chunks, training.optimizer, training.train_stream, topology, step=step, seed=config.run.seed
-        )
+        report = train_step(training, step=step)
         result.losses.append(report.loss)
         result.grad_norms.append(report.grad_norm)
         for batch in training.train_stream.training(step, reads_tokens=True):

@@ -33,14 +33,7 @@ def our_step(training: Training) -> Callable[[int], float]:
     """A function that takes training step ``n`` and returns its loss."""
 
     def step(number: int) -> float:
-        return train_step(
-            training.chunks,
-            training.optimizer,
-            training.train_stream,
-            training.topology,
-            step=number,
-            seed=training.config.run.seed,
-        ).loss
+        return train_step(training, step=number).loss
 
     return step
 

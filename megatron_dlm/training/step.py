@@ -12,9 +12,8 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from megatron_dlm.model.transformer import DiffusionTransformer, TokenLosses
-from megatron_dlm.parallel.topology import Topology
-from megatron_dlm.training.batches import BatchStream, MicroBatch
-from megatron_dlm.training.optimizer import Optimizer
+from megatron_dlm.training.batches import MicroBatch
+from megatron_dlm.training.setup import Training
 
 Chunk = DistributedDataParallel | DiffusionTransformer
 
@@ -36,30 +35,22 @@ class StepReport(NamedTuple):
     """Whether any rank was asked to stop; all ranks agree, so that all of them save the same step."""
 
 
-def train_step(
-    chunks: list[DistributedDataParallel],
-    optimizer: Optimizer,
-    stream: BatchStream,
-    topology: Topology,
-    *,
-    step: int,
-    seed: int,
-    stop_requested: bool = False,
-) -> StepReport:
+def train_step(training: Training, *, step: int, stop_requested: bool = False) -> StepReport:
     """Noise, forward, backward, one global normalisation, update; collective."""
-    topology.seed_dropout(seed, step)
-    for chunk in chunks:
+    topology, stream = training.topology, training.train_stream
+    topology.seed_dropout(training.config.run.seed, step)
+    for chunk in training.chunks:
         chunk.train()
-    optimizer.zero_grad()
+    training.optimizer.zero_grad()
     reports = run_pipeline(
-        chunks,
+        training.chunks,
         lambda reads_tokens: stream.training(step, reads_tokens=reads_tokens),
         _training_output,
         num_microbatches=stream.num_microbatches,
         seq_length=stream.dataset.sequence_length,
         micro_batch_size=stream.micro_batch_size,
     )
-    update = optimizer.step(step)
+    update = training.optimizer.step(step)
     totals = torch.zeros(5, dtype=torch.float64, device=topology.device)
     if topology.reports_loss:
         totals[:4] = sum(reports)

@@ -54,15 +54,7 @@ def train(training: Training) -> bool:
     with StopSignal() as stop:
         while step < training.steps and not stopped:
             log.restart_clock()
-            report = train_step(
-                training.chunks,
-                training.optimizer,
-                training.train_stream,
-                training.topology,
-                step=step,
-                seed=config.run.seed,
-                stop_requested=stop.requested,
-            )
+            report = train_step(training, step=step, stop_requested=stop.requested)
             step, stopped = step + 1, report.stop_requested
             log.step(step, report)
             if stopped or step == training.steps or step % config.checkpoint.interval == 0:

@@ -30,14 +30,7 @@ def continue_run(config: Config, first: int, last: int, save_at: int | None) -> 
         assert checkpoint.load(training, path) == first
     figures = []
     for step in range(first, last):
-        report = train_step(
-            training.chunks,
-            training.optimizer,
-            training.train_stream,
-            training.topology,
-            step=step,
-            seed=config.run.seed,
-        )
+        report = train_step(training, step=step)
         figures.append((report.loss, report.grad_norm))
         if step + 1 == save_at:
             checkpoint.save(training, step=step + 1)
