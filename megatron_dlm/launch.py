@@ -58,13 +58,15 @@ class StopHandler:
     def __init__(self) -> None:
         self.received = 0
         self.owner = os.getpid()
+        # Of whoever calls this as a library: helpers of multiprocessing, say.
+        self.others = set(psutil.Process().children())
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.owner:
             os._exit(STOPPED)  # a worker in the moment after its fork
         self.received += 1
         # Not multiprocessing.active_children(), which does not know a worker that is being started just now.
-        workers = psutil.Process().children()
+        workers = set(psutil.Process().children()) - self.others
         if signal.getsignal(signal.SIGTERM) is not self:
             os.kill(self.owner, signal.SIGTERM)
         elif workers:

@@ -50,7 +50,8 @@ def save(training: Training, *, step: int) -> Path:
     root = checkpoint_root(training.config)
     final, partial = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in root.glob(".step-*.partial"):  # of saves that were killed
+            shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     dist.barrier()
     save_sharded(_state(training, step, is_loading=False), str(partial), _METADATA)

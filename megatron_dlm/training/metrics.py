@@ -116,7 +116,6 @@ class Reporter:
         self.steps = steps
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         directory = Path(config.run.directory)
@@ -125,7 +124,7 @@ class Reporter:
         _drop_from(path, first_step)
         self._recent: list[dict[str, Any]] = []
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
+        self._board = _tensorboard(directory / "tensorboard", first_step)
         self._bar = tqdm(
             total=steps,
             initial=first_step,
@@ -167,13 +166,24 @@ class Reporter:
         if self.active:
             self._bar.close()
             self._file.close()
-            self._board.close()
+            if self._board:
+                self._board.close()
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
         for key, value in record.items():
-            if key != "step" and isinstance(value, (int, float)):
+            if self._board and key != "step" and isinstance(value, (int, float)):
                 self._board.add_scalar(key, value, record["step"])
+
+
+def _tensorboard(directory: Path, first_step: int) -> Any:
+    """A TensorBoard writer that hides older events from ``first_step`` on; None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("TensorBoard is not installed, so there are no events: pip install 'megatron-dlm[log]'", file=sys.stderr)
+        return None
+    return SummaryWriter(str(directory), purge_step=first_step)
 
 
 def _drop_from(path: Path, first_step: int) -> None:

@@ -243,6 +243,20 @@ def test_stop_signals_of_a_single_process(config, number):
     assert "saved" in status(config)["reason"]
 
 
+def test_children_of_the_caller_are_not_taken_for_workers(config):
+    def early(config: dict) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    helper = FORK.Process(target=time.sleep, args=(60,))
+    helper.start()
+    try:
+        assert launch.launch(early, config, 1) == 75
+        assert helper.is_alive()
+    finally:
+        helper.kill()
+
+
 def test_workers_are_out_of_reach_of_the_terminal(config):
     def group(config: dict) -> None:
         note(config, str(os.getpgid(0) == os.getpid()))
