@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {
 }
 
 
-def tiny_config(data: Path, **sections: dict[str, Any]) -> Config:
+def tiny_config(data: Path, /, **sections: dict[str, Any]) -> Config:
     """The tiny run on the data prefixes ``data/train`` and ``data/valid``, with sections updated."""
     tree = {name: dict(values) for name, values in TINY.items()}
     tree["data"] |= {"train": [{"path": str(data / "train")}], "valid": [{"path": str(data / "valid")}]}

@@ -3,8 +3,9 @@
     python tools/plot.py runs/demo/metrics.jsonl [more.jsonl ...] [--output FILE.png]
 
 Left: training loss (faint, with its running mean) and held-out NELBO with its 95 % interval, over training tokens; the
-dotted line is the held-out unigram cross-entropy, which token frequencies alone reach. Right: gradient norm and
-learning rate over steps.
+dotted line is the held-out unigram cross-entropy, which token frequencies alone reach. Middle: cross-entropy of the
+masked tokens by the mask ratio of their sequence, over the last quarter of the steps. Right: gradient norm and learning
+rate over steps.
 """
 
 from __future__ import annotations
@@ -44,9 +45,17 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return (total[end] - total[start]) / (end - start)
 
 
+def loss_by_mask_ratio(steps: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Middles of the mask-ratio buckets that have tokens, and their mean cross-entropy over the steps."""
+    values = np.array([r["loss_by_mask_ratio"] for r in steps], dtype=float)  # None becomes NaN
+    buckets = np.flatnonzero(~np.isnan(values).all(axis=0))
+    return (buckets + 0.5) / values.shape[1], np.nanmean(values[:, buckets], axis=0)
+
+
 def draw(paths: list[Path], output: Path) -> None:
     """Write the figure. Raises ``ValueError`` or ``OSError`` for files that cannot be drawn."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=[3, 2], layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(15, 4.5), width_ratios=[3, 2, 2], layout="constrained")
+    left, middle, right = panels
     rates = right.twinx()
     for index, path in enumerate(paths):
         steps, evaluations = read_records(path)
@@ -72,16 +81,18 @@ def draw(paths: list[Path], output: Path) -> None:
             left.axhline(
                 evaluations[-1]["valid_unigram"], color=color, linestyle=":", label=f"{name}: held-out unigram"
             )
+        ratios, by_ratio = loss_by_mask_ratio(steps[-max(1, len(steps) // 4) :])
+        middle.plot(ratios, by_ratio, "o-", color=color, markersize=4, label=name)
         number = [r["step"] for r in steps]
         right.plot(number, [r["grad_norm"] for r in steps], color=color, linewidth=0.8, label=f"{name}: gradient norm")
         rates.plot(number, [r["lr"] for r in steps], color=color, linestyle="--", linewidth=1.2)
     left.set(xlabel="training tokens (millions)", ylabel="nats per token", title="Loss")
+    middle.set(xlabel="mask ratio", ylabel="nats per masked token", title="Loss by noise level", xlim=(0, 1))
     right.set(xlabel="step", ylabel="gradient norm", yscale="log", title="Optimisation")
     rates.set_ylabel("learning rate (dashed)")
-    left.grid(alpha=0.3)
-    right.grid(alpha=0.3)
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
+    for panel in panels:
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=130)
     plt.close(figure)

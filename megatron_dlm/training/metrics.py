@@ -152,7 +152,8 @@ class Reporter:
         self._write(record)
         self.say(
             f"step {record['step']}/{self.steps} | valid NELBO {record['valid_nelbo']:.4f} +- "
-            f"{record['valid_nelbo_ci95']:.4f} nats/tok | unigram {record['valid_unigram']:.4f}"
+            f"{record['valid_nelbo_ci95']:.4f} nats/tok | {record['valid_bits_per_byte']:.4f} bits/byte | "
+            f"unigram {record['valid_unigram']:.4f} nats/tok"
         )
 
     def say(self, line: str) -> None:
@@ -172,8 +173,12 @@ class Reporter:
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
         for key, value in record.items():
-            if self._board and key != "step" and isinstance(value, (int, float)):
-                self._board.add_scalar(key, value, record["step"])
+            values = (
+                {f"{key}/{i / 10:.1f}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
+            )
+            for name, number in values.items():
+                if self._board and name != "step" and number is not None:
+                    self._board.add_scalar(name, number, record["step"])
 
 
 def _tensorboard(directory: Path, first_step: int) -> Any:

@@ -70,6 +70,7 @@ class RunLog:
             "unique_tokens": min(tokens, dataset.unique_tokens),
             "accuracy": report.accuracy,
             "mask_ratio": report.scored_tokens / max(report.eligible_tokens, 1),
+            **report.by_mask_ratio,
             "skipped": self._skipped,
             **self._throughput.after_step(report.scored_tokens),
         }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_dlm.model.transformer import DiffusionTransformer, TokenLosses
 from megatron_dlm.training.batches import MicroBatch
+from megatron_dlm.training.mask_ratio import BUCKETS, means_by_mask_ratio, sums_by_mask_ratio
 from megatron_dlm.training.setup import Training
 
 Chunk = DistributedDataParallel | DiffusionTransformer
@@ -31,6 +32,8 @@ class StepReport(NamedTuple):
     """Tokens with a loss: the masked ones, or all of them for the autoregressive objective."""
     accuracy: float
     """Share of the scored tokens whose target has the largest logit."""
+    by_mask_ratio: dict[str, list[float | None]]
+    """Cross-entropy and accuracy in ten buckets of the sequences' mask ratio."""
     stop_requested: bool
     """Whether any rank was asked to stop; all ranks agree, so that all of them save the same step."""
 
@@ -51,11 +54,13 @@ def train_step(training: Training, *, step: int, stop_requested: bool = False) -
         micro_batch_size=stream.micro_batch_size,
     )
     update = training.optimizer.step(step)
-    totals = torch.zeros(5, dtype=torch.float64, device=topology.device)
+    totals = torch.zeros(3 + 3 * BUCKETS, dtype=torch.float64, device=topology.device)
     if topology.reports_loss:
-        totals[:4] = sum(reports)
-    totals[4] = float(stop_requested)
-    loss, eligible, scored, correct, stop = topology.sum_over_world(totals).tolist()
+        totals[1:] = sum(reports)
+    totals[0] = float(stop_requested)
+    stop, loss, eligible, *buckets = topology.sum_over_world(totals).tolist()
+    sums = [buckets[i : i + BUCKETS] for i in range(0, 3 * BUCKETS, BUCKETS)]
+    scored, correct = sum(sums[0]), sum(sums[2])
     return StepReport(
         loss=loss / max(eligible, 1.0),
         grad_norm=update.grad_norm,
@@ -64,6 +69,7 @@ def train_step(training: Training, *, step: int, stop_requested: bool = False) -
         eligible_tokens=int(eligible),
         scored_tokens=int(scored),
         accuracy=correct / max(scored, 1.0),
+        by_mask_ratio=means_by_mask_ratio(sums),
         stop_requested=stop > 0,
     )
 
@@ -123,9 +129,7 @@ def _reads_tokens(chunk: Chunk) -> bool:
 def _training_output(micro_batch: MicroBatch, losses: TokenLosses) -> tuple[Tensor, Tensor, Tensor]:
     batch = micro_batch.batch
     assert batch is not None
-    device = losses.loss_sum.device
-    scored = batch.weights != 0  # padding of the row count has weight zero
-    counts = torch.stack([scored.sum(), (losses.correct & scored).sum()])
-    eligible = torch.tensor([batch.num_eligible], dtype=torch.float64, device=device)
-    report = torch.cat([losses.loss_sum.detach().double().view(1), eligible, counts.double()])
+    eligible = torch.tensor([batch.num_eligible], dtype=torch.float64, device=losses.loss_sum.device)
+    loss_sum = losses.loss_sum.detach().double().view(1)
+    report = torch.cat([loss_sum, eligible, sums_by_mask_ratio(batch, losses).flatten()])
     return losses.loss_sum, eligible[0].int(), report

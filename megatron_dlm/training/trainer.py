@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,7 @@ class Evaluator:
             "step": step,
             "valid_nelbo": result.nelbo,
             "valid_nelbo_ci95": result.ci95,
+            "valid_bits_per_byte": result.nelbo / math.log(2) / training.valid_stream.dataset.bytes_per_token,
             "valid_unigram": self._unigram,
             "valid_sequences": result.sequences,
         }

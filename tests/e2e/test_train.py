@@ -18,7 +18,7 @@ from tests.runs import TINY
 
 ROOT = Path(__file__).parents[2]
 STEP_KEYS = {"step", "loss", "grad_norm", "lr", "tokens_per_second", "consumed_samples", "consumed_tokens", "epoch"}
-VALID_KEYS = {"step", "valid_nelbo", "valid_nelbo_ci95", "valid_unigram"}
+VALID_KEYS = {"step", "valid_nelbo", "valid_nelbo_ci95", "valid_unigram", "valid_bits_per_byte"}
 
 
 def run(*arguments: str, module: str = "megatron_dlm") -> subprocess.CompletedProcess[str]:
@@ -59,6 +59,7 @@ def test_train_continue_and_plot(config: Path) -> None:
     assert all(record.keys() >= STEP_KEYS for record in steps)
     assert [record["step"] for record in valid] == [6, 12] and all(record.keys() >= VALID_KEYS for record in valid)
     assert steps[-1]["consumed_samples"] == 12 * 16 and steps[-1]["consumed_tokens"] == 12 * 16 * 32
+    assert all(len(record["loss_by_mask_ratio"]) == 10 for record in steps)
     assert list((directory / "tensorboard").glob("events*"))
     assert json.loads((directory / "status.json").read_text())["exit_code"] == 0
     assert yaml.safe_load((directory / "config.yaml").read_text())["model"]["hidden_size"] == 64
