@@ -13,6 +13,7 @@ from megatron_dlm.parallel import cpu_backend
 for _message, _category in (
     (r".*Apex (is|are) not installed", UserWarning),
     (r"full scope is deprecated", UserWarning),
+    (r"\w+ is experimental and still under active development", UserWarning),
     (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
     (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
 ):

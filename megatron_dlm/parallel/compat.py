@@ -5,8 +5,10 @@ Supported: 0.16.1 (the newest for Python 3.11) up to, not including, 0.20.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,26 +28,22 @@ def wrap_data_parallel(
 
     0.19 computes the buffer layout itself but warns that the caller should; its own result is what we want.
     """
-    log = logging.getLogger("megatron.core.distributed.distributed_data_parallel")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
+    with _only_errors("megatron.core.distributed.distributed_data_parallel"):
         return DistributedDataParallel(config, ddp_config, chunk)
-    finally:
-        log.setLevel(level)
 
 
 def save_sharded(state: dict[str, Any], directory: str, metadata: dict[str, Any]) -> None:
     """Write a sharded state dict to an existing, empty ``directory``; collective, returns when written.
 
     0.16 takes the format by name; 0.19 has one format and wants its asynchronous strategy named, since the
-    default needs another package.
+    default needs another package (which it then recommends at every save).
     """
     parameters = inspect.signature(dist_checkpointing.save).parameters
     extra: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in parameters else {}
     if "common_strategy" in parameters:
         extra["sharded_strategy"] = _FORMAT
-    dist_checkpointing.save(state, directory, content_metadata=metadata, **extra)
+    with _only_errors("megatron.core.dist_checkpointing"):
+        dist_checkpointing.save(state, directory, content_metadata=metadata, **extra)
 
 
 def load_sharded(state: dict[str, Any], directory: str) -> dict[str, Any]:
@@ -75,3 +73,15 @@ def repair_adam_step_loading() -> None:
 
     set_states.repaired_by_megatron_dlm = True  # type: ignore[attr-defined]
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+@contextlib.contextmanager
+def _only_errors(name: str) -> Iterator[None]:
+    """Let the logger ``name`` and those below it say nothing but errors."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

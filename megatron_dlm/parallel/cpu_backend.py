@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import sys
 from typing import Any
 
@@ -65,6 +66,8 @@ def install_without_gpu() -> bool:
         )
     # They can be imported without a GPU, and megatron would then take their fused Adam and fail.
     sys.modules["transformer_engine"] = sys.modules["apex"] = None  # type: ignore[assignment]
+    # It would say that there is no CUDA runtime, on a machine with a CUDA toolkit.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     generator = torch.Generator()
     _replace_cuda_namespace(generator)
     # megatron binds these when it is imported, and they call the C extension directly.

@@ -130,6 +130,7 @@ class Reporter:
             initial=first_step,
             unit="step",
             dynamic_ncols=True,
+            leave=False,
             disable=not sys.stderr.isatty(),
         )
 
