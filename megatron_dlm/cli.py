@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from megatron_dlm import __version__
 from megatron_dlm.config import ConfigError
 from megatron_dlm.data.errors import DataError
+
+_HEAD_START = 2.0  # seconds that rank 0 gets to print an error
 
 COMMANDS = {
     "prepare": "Turn text into the token files that training reads.",
@@ -25,20 +29,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except (ConfigError, DataError) as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun every process finds the same error
+        if os.environ.get("RANK", "0") == "0":
             print(f"megatron-dlm: error: {error}", file=sys.stderr)
+        else:  # under torchrun every process finds the same error, and the first to end makes it kill the others
+            time.sleep(_HEAD_START)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def _run(arguments: list[str]) -> int:
     # The options of train are the configuration tree's, so its parser is built from that.
     if arguments[:1] == ["train"]:
         return import_module("megatron_dlm.commands.train").run(arguments[1:])
-    parser = argparse.ArgumentParser(
-        prog="megatron-dlm", description="Train masked diffusion language models on megatron-core."
-    )
+    parser = _Parser(prog="megatron-dlm", description="Train masked diffusion language models on megatron-core.")
     parser.add_argument("--version", action="version", version=f"megatron-dlm {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     for name, summary in COMMANDS.items():

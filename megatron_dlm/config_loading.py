@@ -26,6 +26,18 @@ class _Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number (YAML 1.1 asks for a dot, and would read it as a string)."""
 
 
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> Any:
+    """YAML lets the last of equal keys win, silently."""
+    seen = set()
+    for key_node, _ in node.value:
+        key = key_node.value
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
 _Loader.yaml_implicit_resolvers = {
     first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
@@ -48,6 +60,13 @@ def parse_config(argv: Sequence[str]) -> Config:
     """As ``load_config``, but only keys and types are checked, not whether the values fit together."""
     import jsonargparse
 
+    if not argv:
+        raise ConfigError("no configuration is given; name one with --config FILE, see megatron-dlm train --help")
+    if not argv[0].startswith("-"):
+        raise ConfigError(f"{argv[0]!r} is not an option; name the configuration with --config {argv[0]}")
+    for option, value in zip(argv, [*argv[1:], ""], strict=True):
+        if option == "--config" or option.startswith("--config="):
+            read_yaml(option.partition("=")[2] or value)  # jsonargparse would not see that a key stands twice
     parser = build_parser()
     try:
         namespace = parser.parse_args(list(argv))

@@ -2,7 +2,8 @@
 
 Exit codes: 0 done, 2 the configuration or the data cannot be used, 75 stopped by a signal with nothing lost
 (start it again), 1 anything else. The code and its reason are also in ``<run.directory>/status.json`` once a run
-has ended, because torchrun turns any worker's code into 1.
+has ended, because torchrun turns any worker's code into 1. What is refused before it begins leaves the directory as
+it was, except under torchrun, where nothing else keeps the reason.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ STOPPED_EARLY = Outcome(STOPPED, "stopped by a signal before training began; the
 
 class Stopped(BaseException):
     """A stop signal came while there was no training to save."""
+
+
+class Refused(Exception):
+    """The check found an error (the cause) before anything began."""
 
 
 class StopHandler:
@@ -119,9 +124,8 @@ def launch(fn: Worker, config: Config, world_size: int | None = None, check: Che
     """Run ``fn(to_dict(config))`` in processes of this machine (``count_workers`` of them) and return the exit code.
 
     ``check(config, world_size)`` runs before, here; forked workers share what it imported. One process is not
-    started but is this one, so that a debugger works. Raises ``ConfigError`` if the run's directory cannot be written.
+    started but is this one, so that a debugger works. What the check refuses leaves the run's directory as it was.
     """
-    _prepare_directory(config)
     with StopHandler() as stop:
         try:
             outcome = _launch(fn, config, count_workers(config) if world_size is None else world_size, check, stop)
@@ -129,6 +133,8 @@ def launch(fn: Worker, config: Config, world_size: int | None = None, check: Che
             outcome = STOPPED_EARLY
         except SystemExit as end:
             outcome = _ended(end)
+        except Refused as refused:
+            return _report(refused.__cause__).exit_code
         except Exception as error:
             outcome = _report(error)
         _write_status(config, outcome)
@@ -166,8 +172,7 @@ def join(fn: Worker, config: Config, check: Check | None = None) -> int:
 
 def _launch(fn: Worker, config: Config, world_size: int, check: Check | None, stop: StopHandler) -> Outcome:
     if world_size == 1:
-        if check:
-            check(config, world_size)
+        _begin(config, world_size, check)
         with _environment(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, **_address()):
             fn(to_dict(config))
         return Outcome(DONE, "done")
@@ -179,11 +184,20 @@ def _launch(fn: Worker, config: Config, world_size: int, check: Check | None, st
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            if check:
-                check(config, world_size)
+            _begin(config, world_size, check)
             return _start_workers(fn, config, world_size, stop)
         finally:
             torch.set_num_threads(threads)
+
+
+def _begin(config: Config, world_size: int, check: Check | None) -> None:
+    """Check, then make the run's directory. Raises ``Refused``, or ``ConfigError`` if it cannot be written."""
+    try:
+        if check:
+            check(config, world_size)
+    except (ConfigError, DataError) as error:
+        raise Refused from error
+    _prepare_directory(config)
 
 
 def _start_workers(fn: Worker, config: Config, world_size: int, stop: StopHandler) -> Outcome:
@@ -257,9 +271,12 @@ def _work(fn: Worker, config: dict[str, Any], report: Path) -> int:
 
 def _failure(error: Any, report: Path, stop: StopHandler) -> Outcome:
     """The outcome of workers of which at least one failed (``error`` is the agent's ``ChildFailedError``)."""
-    if report.exists():
+    # A worker that was killed explains what the others say of a lost connection. The agent's own way to end them is
+    # SIGTERM.
+    killed = [(rank, f) for rank, f in error.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
+    if report.exists() and not killed:
         return Outcome(*json.loads(report.read_text(encoding="utf-8")))
-    rank, failure = error.get_first_failure()
+    rank, failure = killed[0] if killed else error.get_first_failure()
     if stop.received > 1:
         outcome = Outcome(FAILED, "stopped by a second signal before a checkpoint was saved")
     elif stop.received and failure.exitcode in (-signal.SIGTERM, STOPPED):
@@ -283,7 +300,7 @@ def _ended(end: SystemExit) -> Outcome:
     return Outcome(FAILED, f"the worker ended with exit code {end.code}")
 
 
-def _report(error: Exception, prefix: str = "") -> Outcome:
+def _report(error: BaseException | None, prefix: str = "") -> Outcome:
     """Print ``error``, in one line if it is the user's to correct, else with its traceback."""
     if isinstance(error, ConfigError | DataError):
         print(f"megatron-dlm: error: {prefix}{error}", file=sys.stderr, flush=True)
@@ -305,6 +322,8 @@ def _prepare_directory(config: Config) -> None:
 
 def _write_status(config: Config, outcome: Outcome) -> None:
     path = Path(config.run.directory, "status.json")
+    if not path.parent.exists():  # stopped before there was anything to say
+        return
     partial = path.with_suffix(".json.partial")
     try:
         partial.write_text(json.dumps(outcome._asdict()) + "\n", encoding="utf-8")

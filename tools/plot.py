@@ -1,6 +1,6 @@
 """Draws the loss curves of one or several runs.
 
-    python tools/plot.py runs/demo/metrics.jsonl [more.jsonl ...] [--output FILE.png]
+    python tools/plot.py runs/demo [runs/other ...] [--output FILE.png]
 
 Left: training loss (faint, with its running mean) and held-out NELBO with its 95 % interval, over training tokens; the
 dotted line is the held-out unigram cross-entropy, which token frequencies alone reach. Middle: cross-entropy of the
@@ -22,16 +22,25 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
+STEP_KEYS = {"step", "loss", "grad_norm", "lr", "consumed_tokens", "loss_by_mask_ratio"}
+
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(training records, evaluation records) of a metrics.jsonl. Raises ``ValueError`` where there are none."""
     steps, evaluations = [], []
+    if path.is_dir():
+        path = path / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give a run's directory or its metrics.jsonl")
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             record = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}:{number} is not JSON; give a run's metrics.jsonl") from error
-        (evaluations if "valid_nelbo" in record else steps).append(record)
+        if "valid_nelbo" in record:
+            evaluations.append(record)
+        elif STEP_KEYS <= record.keys():
+            steps.append(record)
     if not steps:
         raise ValueError(f"{path} has no training steps; give a run's metrics.jsonl")
     return steps, evaluations
@@ -57,9 +66,10 @@ def draw(paths: list[Path], output: Path) -> None:
     figure, panels = plt.subplots(1, 3, figsize=(15, 4.5), width_ratios=[3, 2, 2], layout="constrained")
     left, middle, right = panels
     rates = right.twinx()
+    unigrams: dict[float, str] = {}
     for index, path in enumerate(paths):
         steps, evaluations = read_records(path)
-        color, name = f"C{index}", path.parent.name or path.stem
+        color, name = f"C{index}", path.name if path.is_dir() else path.parent.name or path.stem
         tokens = np.array([r["consumed_tokens"] for r in steps]) / 1e6
         loss = np.array([r["loss"] for r in steps])
         left.plot(tokens, loss, color=color, alpha=0.2, linewidth=0.8)
@@ -78,21 +88,21 @@ def draw(paths: list[Path], output: Path) -> None:
                 capsize=2,
                 label=f"{name}: held-out NELBO (95 %)",
             )
-            left.axhline(
-                evaluations[-1]["valid_unigram"], color=color, linestyle=":", label=f"{name}: held-out unigram"
-            )
+            unigrams.setdefault(round(evaluations[-1]["valid_unigram"], 6), color)
         ratios, by_ratio = loss_by_mask_ratio(steps[-max(1, len(steps) // 4) :])
         middle.plot(ratios, by_ratio, "o-", color=color, markersize=4, label=name)
         number = [r["step"] for r in steps]
         right.plot(number, [r["grad_norm"] for r in steps], color=color, linewidth=0.8, label=f"{name}: gradient norm")
         rates.plot(number, [r["lr"] for r in steps], color=color, linestyle="--", linewidth=1.2)
+    for value, color in unigrams.items():
+        left.axhline(value, color=color, linestyle=":", label="held-out unigram cross-entropy")
     left.set(xlabel="training tokens (millions)", ylabel="nats per token", title="Loss")
     middle.set(xlabel="mask ratio", ylabel="nats per masked token", title="Loss by noise level", xlim=(0, 1))
     right.set(xlabel="step", ylabel="gradient norm", yscale="log", title="Optimisation")
     rates.set_ylabel("learning rate (dashed)")
     for panel in panels:
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, framealpha=0.6, loc="best" if panel is not right else "lower left")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=130)
     plt.close(figure)
@@ -101,10 +111,11 @@ def draw(paths: list[Path], output: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("metrics", nargs="+", type=Path, help="metrics.jsonl of a run")
+    parser.add_argument("metrics", nargs="+", type=Path, help="directory of a run, or its metrics.jsonl")
     parser.add_argument("--output", type=Path, help="the figure (default: loss.png beside the first file)")
     options = parser.parse_args(arguments)
-    output = options.output or options.metrics[0].with_name("loss.png")
+    first = options.metrics[0]
+    output = options.output or (first / "loss.png" if first.is_dir() else first.with_name("loss.png"))
     try:
         draw(options.metrics, output)
     except (ValueError, OSError) as error:

@@ -13,6 +13,8 @@ from megatron_dlm.parallel import cpu_backend
 for _message, _category in (
     (r".*Apex (is|are) not installed", UserWarning),
     (r"full scope is deprecated", UserWarning),
+    (r"When using async grad allreduce it is recommended to set", UserWarning),
+    (r"`load_state_dict` is deprecated", FutureWarning),
     (r"\w+ is experimental and still under active development", UserWarning),
     (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
     (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from tqdm import tqdm
 
 from megatron_dlm.config import Config, ModelConfig
 
@@ -75,7 +76,7 @@ def format_count(value: float) -> str:
     """Three digits with a unit: 950, 61.2k, 1.07M, 8.19B."""
     for bound, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= bound:
-            return f"{value / bound:.3g}{unit}"
+            return f"{value / bound:#.3g}".rstrip(".") + unit
     return f"{value:.3g}"
 
 
@@ -89,7 +90,7 @@ def format_line(record: dict[str, Any], *, steps: int) -> str:
         f"gnorm {record['grad_norm']:.2f}",
         f"lr {record['lr']:.1e}",
         f"{format_count(record['tokens_per_second_per_device'])} tok/s/{unit}",
-        f"{record['tflops_per_device']:.3g} TFLOP/s",
+        f"{record['tflops_per_device']:#.3g}".rstrip(".") + " TFLOP/s",
         f"mfu {mfu}",
         f"mem {record['memory_gib']:.1f}/{record['memory_total_gib']:.0f} GiB",
         f"epoch {record['epoch']:.2f}",
@@ -116,8 +117,6 @@ class Reporter:
         self.steps = steps
         if not active:
             return
-        from tqdm import tqdm
-
         directory = Path(config.run.directory)
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
@@ -125,14 +124,8 @@ class Reporter:
         self._recent: list[dict[str, Any]] = []
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._board = _tensorboard(directory / "tensorboard", first_step)
-        self._bar = tqdm(
-            total=steps,
-            initial=first_step,
-            unit="step",
-            dynamic_ncols=True,
-            leave=False,
-            disable=not sys.stderr.isatty(),
-        )
+        self._likelihood = "NLL" if config.model.objective == "autoregressive" else "NELBO"
+        self._bar: tqdm | None = None  # begins with the first step, below the banner
 
     def step(self, record: dict[str, Any], *, show: bool) -> None:
         """Record one training step; ``show`` prints the line of the steps since the last one."""
@@ -140,8 +133,14 @@ class Reporter:
             return
         self._write(record)
         self._recent.append(record)
-        self._bar.update(1)
+        if self._bar is None:
+            hidden = not sys.stderr.isatty()
+            done = record["step"] - 1
+            self._bar = tqdm(
+                total=self.steps, initial=done, unit="step", dynamic_ncols=True, leave=False, disable=hidden
+            )
         self._bar.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
+        self._bar.update(1)
         if show:
             self.say(format_line(averaged(self._recent), steps=self.steps))
             self._recent.clear()
@@ -152,21 +151,22 @@ class Reporter:
             return
         self._write(record)
         self.say(
-            f"step {record['step']}/{self.steps} | valid NELBO {record['valid_nelbo']:.4f} +- "
+            f"step {record['step']}/{self.steps} | valid {self._likelihood} {record['valid_nelbo']:.4f} +- "
             f"{record['valid_nelbo_ci95']:.4f} nats/tok | {record['valid_bits_per_byte']:.4f} bits/byte | "
             f"unigram {record['valid_unigram']:.4f} nats/tok"
         )
 
     def say(self, line: str) -> None:
-        """Print a line above the progress bar."""
+        """Print a line, above the progress bar where there is one."""
         if self.active:
-            self._bar.write(line, file=sys.stdout)
+            tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """Close the files and the progress bar; lines can still be printed."""
         if self.active:
-            self._bar.close()
+            if self._bar is not None:
+                self._bar.close()
             self._file.close()
             if self._board:
                 self._board.close()

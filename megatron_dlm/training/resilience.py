@@ -16,8 +16,10 @@ class StopSignal:
     The ranks agree on the flag inside the training step, so that all of them save the same step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, announce: bool = False) -> None:
+        """``announce`` says on stderr that the signal has arrived; for one rank."""
         self.requested = False
+        self._announce = announce
 
     def __enter__(self) -> StopSignal:
         self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -31,3 +33,5 @@ class StopSignal:
         if self.requested:
             os._exit(128 + number)
         self.requested = True
+        if self._announce:
+            os.write(2, b"\nstopping after this step, and saving; once more to exit at once\n")

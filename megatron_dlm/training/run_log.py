@@ -29,6 +29,7 @@ class RunLog:
     def __init__(self, training: Training, *, first_step: int, resumed: Path | None) -> None:
         config, active = training.config, training.topology.rank == 0
         self._training = training
+        self._first_step = first_step
         self._started = time.perf_counter()
         self._skipped = self._skipped_in_a_row = 0
         self._evaluation: dict[str, Any] | None = None
@@ -87,22 +88,28 @@ class RunLog:
         self._reporter.evaluation(record)
 
     def close(self, done: int, checkpoint: Path | None) -> None:
-        """Print the summary and close the files."""
-        training, directory = self._training, self._training.config.run.directory
-        how = "finished" if done == training.steps else "stopped by a signal; the same command continues it,"
+        """Close the files and print how the run ended and what to do next."""
+        training, say = self._training, self._reporter.say
+        self._reporter.close()
         took = format_duration(time.perf_counter() - self._started)
-        self._reporter.say(f"{how} at step {done}/{training.steps} after {took} | skipped {self._skipped}")
+        finished = done == training.steps
+        if finished and done == self._first_step:
+            say(f"finished   before, at step {done}; raise train.steps, or choose another run.directory")
+        else:
+            how = "finished  " if finished else "stopped   "
+            say(f"{how} at step {done}/{training.steps} after {took} | skipped {self._skipped}")
         if self._evaluation:
             nelbo, unigram = self._evaluation["valid_nelbo"], self._evaluation["valid_unigram"]
+            name = "NLL" if training.config.model.objective == "autoregressive" else "NELBO"
             side = "below" if nelbo < unigram else "above"
-            self._reporter.say(
-                f"held-out   NELBO {nelbo:.4f} +- {self._evaluation['valid_nelbo_ci95']:.4f} nats/tok, "
+            say(
+                f"held-out   {name} {nelbo:.4f} +- {self._evaluation['valid_nelbo_ci95']:.4f} nats/tok, "
                 f"{abs(unigram - nelbo):.4f} {side} the unigram cross-entropy {unigram:.4f}"
             )
         if checkpoint:
-            self._reporter.say(f"checkpoint {checkpoint}")
-        self._reporter.say(f"next       python tools/plot.py {directory}/metrics.jsonl")
-        self._reporter.close()
+            say(f"checkpoint {checkpoint}")
+        plot = f"python tools/plot.py {training.config.run.directory}"
+        say(f"next       {plot if finished else 'the same command continues the run'}")
 
 
 def banner(training: Training, resumed: Path | None) -> list[str]:
@@ -127,7 +134,7 @@ def banner(training: Training, resumed: Path | None) -> list[str]:
         f"data       {format_count(dataset.num_tokens)} tokens, {format_count(dataset.unique_tokens)} unique in use | "
         f"{dataset.bytes_per_token:.2f} bytes/token",
         f"batch      {batch} x {seq} = {format_count(batch * seq)} tokens/step | "
-        f"{stream.num_microbatches} micro-batches of {stream.micro_batch_size} per rank",
+        f"{stream.num_microbatches} x {stream.micro_batch_size} per rank",
         f"length     {training.steps} steps | {format_count(training.steps * batch * seq)} tokens | "
         f"{dataset.epoch(training.steps * batch):.2f} epochs",
         f"outputs    {config.run.directory}/{{metrics.jsonl,tensorboard,checkpoints}}",

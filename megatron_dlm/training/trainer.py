@@ -52,7 +52,7 @@ def train(training: Training) -> bool:
     log = RunLog(training, first_step=step, resumed=saved)
     evaluate = Evaluator(training)
     stopped = False
-    with StopSignal() as stop:
+    with StopSignal(announce=training.topology.rank == 0) as stop:
         while step < training.steps and not stopped:
             log.restart_clock()
             report = train_step(training, step=step, stop_requested=stop.requested)

@@ -249,3 +249,10 @@ def test_derived_values():
     assert parallel.model_parallel_size == 6
     assert data_parallel_size(Config(parallel=parallel), 12) == 2
     assert data_parallel_size(Config(parallel=parallel), None) is None
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("model:\n  hidden_size: 3\n  hidden_size: 4\n")
+    with pytest.raises(ConfigError, match="twice.yaml:3 .*'hidden_size' stands twice"):
+        load_config(["--config", str(path)])

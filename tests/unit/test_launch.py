@@ -172,8 +172,16 @@ def test_the_check_comes_first_and_its_error_is_one_line(config, capfd):
 
     assert launch.launch(describe, config, 2, check) == 2
     assert capfd.readouterr().err == "megatron-dlm: error: no such file; prepare it\n"
-    assert status(config) == {"exit_code": 2, "reason": "no such file; prepare it"}
-    assert notes(config) == []
+    assert not Path(config.run.directory).exists(), "what is refused leaves nothing behind"
+
+
+def test_a_refusal_leaves_an_earlier_status_alone(config):
+    def check(config: Config, world_size: int) -> None:
+        raise ConfigError("no")
+
+    assert launch.launch(lambda mapping: None, config, 1) == 0
+    assert launch.launch(lambda mapping: None, config, 1, check) == 2
+    assert status(config) == {"exit_code": 0, "reason": "done"}
 
 
 @pytest.mark.parametrize("fn", [fail_on_rank_1, fail_together])
@@ -257,6 +265,18 @@ def test_children_of_the_caller_are_not_taken_for_workers(config):
         helper.kill()
 
 
+def test_a_killed_worker_is_named_and_not_what_the_others_say_of_it(config, capfd):
+    def fn(mapping: dict) -> None:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.3)
+        raise RuntimeError("connection closed by peer")
+
+    assert launch.launch(fn, config, 2) == 1
+    assert status(config)["reason"] == "the worker of rank 1 was killed by SIGKILL (out of memory?)"
+    assert "rank 1 was killed" in capfd.readouterr().err
+
+
 def test_workers_are_out_of_reach_of_the_terminal(config):
     def group(config: dict) -> None:
         note(config, str(os.getpgid(0) == os.getpid()))
@@ -283,10 +303,10 @@ def test_workers_end_when_the_launcher_was_killed(config):
     assert len(workers) == 2 and not left
 
 
-def test_an_unwritable_directory_is_a_configuration_error(tmp_path):
+def test_an_unwritable_directory_is_a_configuration_error(tmp_path, capfd):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="run.directory"):
-        launch.launch(describe, Config(run=RunConfig(directory=str(tmp_path / "file"))), 1)
+    assert launch.launch(describe, Config(run=RunConfig(directory=str(tmp_path / "file"))), 1) == 2
+    assert "run.directory" in capfd.readouterr().err
 
 
 def test_an_old_status_is_gone_while_a_run_lasts(config):

@@ -58,6 +58,19 @@ def test_non_finite_gradients_change_nothing(tiny_data: Path) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(before, state(made), strict=True))
 
 
+def test_gradient_norm_is_exact_for_large_matrices(tiny_data: Path) -> None:
+    """Summed in fp32 on a CPU, a million squares lose four digits."""
+    large = {"num_layers": 1, "hidden_size": 512, "ffn_hidden_size": 2048}
+    made = training(tiny_data, model=large, optimizer={"clip_grad": 0.0})  # clipping happens in the same buffers
+    report = train_step(made, step=0)
+    grads = [p.main_grad for p in made.chunks[0].parameters()]
+    assert max(g.numel() for g in grads) > 2**20
+    exact = sum(float(g.double().square().sum()) for g in grads) ** 0.5
+    in_fp32 = sum(float(torch.norm(g)) ** 2 for g in grads) ** 0.5
+    assert abs(in_fp32 / exact - 1) > 1e-6, "the case must tell the two sums apart"
+    assert report.grad_norm == pytest.approx(exact, rel=1e-9)
+
+
 def test_clipping_scales_the_gradient_to_its_bound(tiny_data: Path) -> None:
     """Adam hides the scale of a gradient, so look at the first moment: (1 - beta1) * clipped gradient."""
     made = training(tiny_data, optimizer={"clip_grad": 0.01, "beta1": 0.5})
