@@ -37,11 +37,16 @@ class Denoiser:
             lengths: [batch] int64 real tokens of each row (right padding is not attended); None for full rows.
 
         Returns:
-            [batch, seq, vocab_size] fp32.
+            [batch, seq, vocab_size] fp32; beyond a row's length the values mean nothing.
+
+        Raises:
+            ValueError: a length is not from 1 to seq.
         """
+        size, seq = tokens.shape
+        if lengths is not None and not bool(((lengths >= 1) & (lengths <= seq)).all()):
+            raise ValueError(f"lengths must be from 1 to {seq}, the length of tokens; got {lengths.tolist()}")
         for chunk in self.chunks:
             chunk.eval()
-        size, seq = tokens.shape
         # An interleaved schedule wants as many micro-batches as stages; the copies cost time, not correctness.
         copies = self.topology.pipeline_size if len(self.chunks) > 1 else 1
         lengths = None if lengths is None or bool((lengths == seq).all()) else lengths.cpu()

@@ -9,6 +9,7 @@ it was, except under torchrun, where nothing else keeps the reason.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -126,9 +127,10 @@ def launch(fn: Worker, config: Config, world_size: int | None = None, check: Che
     ``check(config, world_size)`` runs before, here; forked workers share what it imported. One process is not
     started but is this one, so that a debugger works. What the check refuses leaves the run's directory as it was.
     """
-    with StopHandler() as stop:
+    with StopHandler() as stop, contextlib.ExitStack() as directory:
         try:
-            outcome = _launch(fn, config, count_workers(config) if world_size is None else world_size, check, stop)
+            world_size = count_workers(config) if world_size is None else world_size
+            outcome = _launch(fn, config, world_size, check, stop, directory)
         except Stopped:
             outcome = STOPPED_EARLY
         except SystemExit as end:
@@ -148,31 +150,41 @@ def join(fn: Worker, config: Config, check: Check | None = None) -> int:
     printed by rank 0; what it finds wrong with data files by every machine that finds it.
     """
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    if rank == 0:
-        _prepare_directory(config)
-    try:
-        if check and local_rank == 0:
-            check(config, int(os.environ["WORLD_SIZE"]))
-    except Exception as error:
-        outcome = Outcome(INVALID, str(error))
-        if rank == 0 or not isinstance(error, ConfigError):
-            outcome = _report(error)
-    else:
+    with _directory_in_use(config) if rank == 0 else contextlib.nullcontext():
         try:
-            fn(to_dict(config))
-            outcome = Outcome(DONE, "done")
-        except SystemExit as end:
-            outcome = _ended(end)
+            if check and local_rank == 0:
+                check(config, int(os.environ["WORLD_SIZE"]))
         except Exception as error:
-            outcome = _report(error, f"[rank {rank}] ")
-    if rank == 0:
-        _write_status(config, outcome)
+            outcome = Outcome(INVALID, str(error))
+            if rank == 0 or not isinstance(error, ConfigError):
+                outcome = _report(error)
+        else:
+            outcome = _run_joined(fn, config, rank)
+        if rank == 0:
+            _write_status(config, outcome)
     return outcome.exit_code
 
 
-def _launch(fn: Worker, config: Config, world_size: int, check: Check | None, stop: StopHandler) -> Outcome:
+def _run_joined(fn: Worker, config: Config, rank: int) -> Outcome:
+    try:
+        fn(to_dict(config))
+        return Outcome(DONE, "done")
+    except SystemExit as end:
+        return _ended(end)
+    except Exception as error:
+        return _report(error, f"[rank {rank}] ")
+
+
+def _launch(
+    fn: Worker,
+    config: Config,
+    world_size: int,
+    check: Check | None,
+    stop: StopHandler,
+    directory: contextlib.ExitStack,
+) -> Outcome:
     if world_size == 1:
-        _begin(config, world_size, check)
+        _begin(config, world_size, check, directory)
         with _environment(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, **_address()):
             fn(to_dict(config))
         return Outcome(DONE, "done")
@@ -184,20 +196,20 @@ def _launch(fn: Worker, config: Config, world_size: int, check: Check | None, st
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            _begin(config, world_size, check)
+            _begin(config, world_size, check, directory)
             return _start_workers(fn, config, world_size, stop)
         finally:
             torch.set_num_threads(threads)
 
 
-def _begin(config: Config, world_size: int, check: Check | None) -> None:
-    """Check, then make the run's directory. Raises ``Refused``, or ``ConfigError`` if it cannot be written."""
+def _begin(config: Config, world_size: int, check: Check | None, directory: contextlib.ExitStack) -> None:
+    """Check, then take the run's directory. Raises ``Refused``, with everything as it was."""
     try:
         if check:
             check(config, world_size)
+        directory.enter_context(_directory_in_use(config))
     except (ConfigError, DataError) as error:
         raise Refused from error
-    _prepare_directory(config)
 
 
 def _start_workers(fn: Worker, config: Config, world_size: int, stop: StopHandler) -> Outcome:
@@ -310,14 +322,31 @@ def _report(error: BaseException | None, prefix: str = "") -> Outcome:
     return Outcome(FAILED, text.rstrip().rpartition("\n")[2])
 
 
-def _prepare_directory(config: Config) -> None:
-    """Make the run's directory; an old status.json would be taken for this run's."""
+@contextlib.contextmanager
+def _directory_in_use(config: Config) -> Iterator[None]:
+    """Make the run's directory and lock it: two runs in one would destroy each other's checkpoints.
+
+    An old status.json is removed, because it would be taken for this run's. The lock is also that of forked workers,
+    so it lasts as long as any of them. Raises ``ConfigError`` if the directory is in use or cannot be written.
+    """
     directory = Path(config.run.directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "status.json").unlink(missing_ok=True)
+        lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError(f"cannot write run.directory {str(directory)!r}: {error.strerror}; choose another") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            where = f"run.directory {str(directory)!r}"
+            raise ConfigError(f"another run is using {where}; wait for its end or choose another") from None
+        except OSError:  # a file system without locks
+            pass
+        (directory / "status.json").unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _write_status(config: Config, outcome: Outcome) -> None:

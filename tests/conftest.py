@@ -28,6 +28,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """All tests but those of ``pytest tests/gpu`` are of the CPU backend: they fork more ranks than there are GPUs."""
+    if not config.args or not all("tests/gpu" in argument for argument in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that fork ranks come first: a rank hangs when it drops gloo groups that its parent has made."""
     items.sort(key=lambda item: "distributed" not in item.path.parts)

@@ -49,7 +49,7 @@ class Trace:
     grad_norms: list[float] = field(default_factory=list)
     nelbo: float = 0.0
     noised: dict[tuple[int, int], str] = field(default_factory=dict)
-    """Digest of xt of every (step, sample id)."""
+    """Digest of what the first stage was fed (xt) for every (step, sample id)."""
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     """The whole tensors, assembled from all ranks."""
     logits: torch.Tensor | None = None
@@ -69,19 +69,30 @@ def trace(config: Config, steps: int) -> Trace:
 
     topology = parallel.initialize(config.parallel)
     training = build(config, topology)
-    result, noised = Trace(), {}
+    result = Trace()
+    noised: dict[tuple[int, int], str] = {}
+    fed: list[torch.Tensor] = []
+    hooks = [
+        chunk.module.register_forward_pre_hook(lambda module, inputs: fed.append(inputs[0].clone()))
+        for chunk in training.chunks
+        if chunk.module.pre_process
+    ]
     for step in range(steps):
         report = train_step(training, step=step)
         result.losses.append(report.loss)
         result.grad_norms.append(report.grad_norm)
-        for batch in training.train_stream.training(step, reads_tokens=True):
-            for sample, row in zip(batch.sample_ids.tolist(), batch.inputs, strict=True):
+        for micro_batch, tokens in zip(training.train_stream.training(step, reads_tokens=False), fed, strict=bool(fed)):
+            for sample, row in zip(micro_batch.sample_ids.tolist(), tokens, strict=True):
                 noised[step, sample] = hashlib.sha256(row.numpy().tobytes()).hexdigest()
+        fed.clear()
+    for hook in hooks:
+        hook.remove()
     count = training.valid_sequences
     result.nelbo = held_out_nelbo(training.chunks, training.valid_stream, topology, num_sequences=count).nelbo
     tokens = torch.from_numpy(training.valid_stream.dataset.sequences(torch.arange(2).numpy()))
     result.logits = Denoiser(training.chunks, topology)(tokens)
     for part in _gather(noised):
+        assert all(result.noised.get(key, digest) == digest for key, digest in part.items()), "ranks disagree about xt"
         result.noised.update(part)
     result.parameters = assemble(_gather(shards(training.chunks)))
     return result

@@ -32,10 +32,13 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
         path = path / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a run's directory or its metrics.jsonl")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except ValueError as error:
+            if number == len(lines):  # cut short by a kill
+                break
             raise ValueError(f"{path}:{number} is not JSON; give a run's metrics.jsonl") from error
         if "valid_nelbo" in record:
             evaluations.append(record)
@@ -47,11 +50,13 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over the last ``width`` values (fewer at the start), [n] -> [n]."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
+    """Mean over the finite ones of the last ``width`` values (fewer at the start), [n] -> [n]."""
+    finite = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
     end = np.arange(1, len(values) + 1)
     start = np.maximum(end - width, 0)
-    return (total[end] - total[start]) / (end - start)
+    return (total[end] - total[start]) / np.maximum(count[end] - count[start], 1)
 
 
 def loss_by_mask_ratio(steps: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +76,7 @@ def draw(paths: list[Path], output: Path) -> None:
         steps, evaluations = read_records(path)
         color, name = f"C{index}", path.name if path.is_dir() else path.parent.name or path.stem
         tokens = np.array([r["consumed_tokens"] for r in steps]) / 1e6
-        loss = np.array([r["loss"] for r in steps])
+        loss = np.array([r["loss"] for r in steps], dtype=float)  # None, of a skipped step, becomes NaN
         left.plot(tokens, loss, color=color, alpha=0.2, linewidth=0.8)
         smooth = running_mean(loss, max(1, len(loss) // 50))
         left.plot(tokens, smooth, color=color, linewidth=1.6, label=f"{name}: training loss")
@@ -81,7 +86,7 @@ def draw(paths: list[Path], output: Path) -> None:
             left.errorbar(
                 [at[r["step"]] for r in shown],
                 [r["valid_nelbo"] for r in shown],
-                yerr=[r["valid_nelbo_ci95"] for r in shown],
+                yerr=[r["valid_nelbo_ci95"] or 0.0 for r in shown],
                 color=color,
                 fmt="o--",
                 markersize=4,
@@ -91,8 +96,8 @@ def draw(paths: list[Path], output: Path) -> None:
             unigrams.setdefault(round(evaluations[-1]["valid_unigram"], 6), color)
         ratios, by_ratio = loss_by_mask_ratio(steps[-max(1, len(steps) // 4) :])
         middle.plot(ratios, by_ratio, "o-", color=color, markersize=4, label=name)
-        number = [r["step"] for r in steps]
-        right.plot(number, [r["grad_norm"] for r in steps], color=color, linewidth=0.8, label=f"{name}: gradient norm")
+        number, norms = [r["step"] for r in steps], [r["grad_norm"] or np.nan for r in steps]
+        right.plot(number, norms, color=color, linewidth=0.8, label=f"{name}: gradient norm")
         rates.plot(number, [r["lr"] for r in steps], color=color, linestyle="--", linewidth=1.2)
     for value, color in unigrams.items():
         left.axhline(value, color=color, linestyle=":", label="held-out unigram cross-entropy")

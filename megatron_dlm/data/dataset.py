@@ -50,7 +50,8 @@ class Dataset:
         tokenizer_fingerprint: of the tokenizer in use, to refuse data of another one; None does not check.
 
     Attributes:
-        num_tokens: tokens in all the sources' files.
+        source_tokens: tokens in each source's file.
+        num_tokens: tokens in all of them.
         unique_tokens: tokens used.
         samples_per_epoch: training: sequences of one pass over every source. Validation: sequences in the set, the
             most that the blend gives before a source would repeat.
@@ -84,7 +85,8 @@ class Dataset:
         self._lengths = [self._used_length(i, unique_tokens) for i in range(len(sources))]
         self._sequences = np.array([length // sequence_length for length in self._lengths], dtype=np.int64)
         self._seeds = [_source_seed(seed, i) for i in range(len(sources))]
-        self.num_tokens = sum(len(file.tokens) for file in self._files)
+        self.source_tokens = [len(file.tokens) for file in self._files]
+        self.num_tokens = sum(self.source_tokens)
         self.unique_tokens = sum(self._lengths)
         self.bytes_per_token = float(self.blend.shares @ [file.metadata.bytes_per_token for file in self._files])
         if purpose == Purpose.TRAIN:

@@ -75,7 +75,11 @@ class DiffusionTransformer(LanguageModule):
                 config, padded_vocab_size, max_sequence_length=0, position_embedding_type="rope"
             )
         self.rotary_pos_emb = RotaryEmbedding(
-            config.kv_channels, rotary_percent=1.0, rotary_base=rope_theta, cp_group=self.pg_collection.cp
+            config.kv_channels,
+            rotary_percent=1.0,
+            rotary_interleaved=config.rotary_interleaved,
+            rotary_base=rope_theta,
+            cp_group=self.pg_collection.cp,
         )
         self.decoder = TransformerBlock(
             config,

@@ -11,9 +11,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from dlm_kernels.philox import Stream, random_bits
 from megatron_dlm.config import ConfigError, ParallelConfig
-
-_DROPOUT_SEED_BOUND = 2**31
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,11 @@ class Topology:
 
         Seeding every step makes a resumed run draw the same masks with nothing to store. The data rank
         is part of it: otherwise all data-parallel replicas drop the same units. megatron adds the tensor
-        rank itself where the ranks must differ.
+        rank itself where the ranks must differ, so neighbouring places must not have neighbouring seeds.
         """
-        stream = (seed * 1_000_003 + step) * self.pipeline_size * self.data_size
-        stream += self.pipeline_rank * self.data_size + self.data_rank
-        model_parallel_cuda_manual_seed(stream % _DROPOUT_SEED_BOUND, force_reset_rng=True)
+        place = self.pipeline_rank * self.data_size + self.data_rank
+        bits = random_bits(seed, Stream.DROPOUT, place, step)
+        model_parallel_cuda_manual_seed(bits >> 1, force_reset_rng=True)  # megatron adds to it, within 32 bits
 
 
 def initialize(config: ParallelConfig, *, timeout_minutes: float = 30.0) -> Topology:

@@ -50,19 +50,18 @@ def save(training: Training, *, step: int) -> Path:
     root = checkpoint_root(training.config)
     final, partial = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
     if dist.get_rank() == 0:
-        for leftover in root.glob(".step-*.partial"):  # of saves that were killed
+        for leftover in root.glob(".step-*.partial*"):  # of saves that were killed
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     dist.barrier()
     save_sharded(_state(training, step, is_loading=False), str(partial), _METADATA)
     if dist.get_rank() == 0:
         _write_description(training, partial, step)
-        if final.exists():  # a resumed run that reaches a step whose checkpoint is already there
-            shutil.rmtree(final)
+        if final.exists():  # of a branch that was given up; kept until the new one is in place
+            os.rename(final, root / f".{final.name}.partial.old")
         os.rename(partial, final)
         _point_latest(root, final.name)
-        for old in list_checkpoints(root)[: -training.config.checkpoint.keep]:
-            shutil.rmtree(old)
+        _prune(root, final, keep=training.config.checkpoint.keep)
     dist.barrier()
     return final
 
@@ -79,11 +78,12 @@ def load(training: Training, directory: Path) -> int:
     return int(state["step"])
 
 
-def resumable(config: Config, tokenizer: Tokenizer, train_data: Dataset) -> Path | None:
-    """The checkpoint that a run with ``config`` continues from; None for a fresh start.
+def resumable(config: Config, tokenizer: Tokenizer, train_data: Dataset, *, steps: int) -> Path | None:
+    """The checkpoint that a run of ``steps`` steps with ``config`` continues from; None for a fresh start.
 
-    Raises ``ConfigError`` where the run directory has checkpoints but must not be continued: another
-    model, tokenizer, training data or seed, or ``checkpoint.resume: never``.
+    The one that ``latest`` names, or the newest complete one. Raises ``ConfigError`` where the run directory has
+    checkpoints but must not be continued: another model, tokenizer, training data or seed, a run that is already
+    longer, or ``checkpoint.resume: never``.
     """
     root = checkpoint_root(config)
     checkpoints = list_checkpoints(root)
@@ -100,11 +100,16 @@ def resumable(config: Config, tokenizer: Tokenizer, train_data: Dataset) -> Path
     info = json.loads((latest / _INFO).read_text())
     pairs = [(key, _lookup(saved, key), _lookup(config, key)) for key in _BINDING]
     pairs.append(("the fingerprint of data.tokenizer", info["tokenizer_fingerprint"], tokenizer.fingerprint))
-    pairs.append(("the number of training tokens", info["train_tokens"], train_data.num_tokens))
+    sources = _describe_sources(config, train_data)
+    pairs.append(("the list of (tokens, weight) of data.train", info["train_sources"], sources))
     for key, before, now in pairs:
         if before != now:
             what = _first_difference(key, before, now)
             raise ConfigError(f"{what}, which {latest} cannot continue; restore it or choose another run.directory")
+    if info["step"] > steps:
+        raise ConfigError(
+            f"{latest} is beyond the {steps} steps of this run; train longer or choose another run.directory"
+        )
     return latest
 
 
@@ -138,7 +143,7 @@ def _write_description(training: Training, directory: Path, step: int) -> None:
         "layout": str(training.topology),
         "tokenizer_fingerprint": training.tokenizer.fingerprint,
         "vocab_size": training.tokenizer.vocab_size,
-        "train_tokens": training.train_stream.dataset.num_tokens,
+        "train_sources": _describe_sources(training.config, training.train_stream.dataset),
         "versions": {
             "megatron_dlm": version("megatron-dlm"),
             "megatron-core": version("megatron-core"),
@@ -147,6 +152,20 @@ def _write_description(training: Training, directory: Path, step: int) -> None:
         },
     }
     (directory / _INFO).write_text(json.dumps(info, indent=2) + "\n")
+
+
+def _describe_sources(config: Config, train_data: Dataset) -> list[list[float]]:
+    """[tokens, weight] of every source; with the seed they decide which sequence every sample id is."""
+    weights = [source.weight for source in config.data.train]
+    return [[tokens, weight] for tokens, weight in zip(train_data.source_tokens, weights, strict=True)]
+
+
+def _prune(root: Path, current: Path, *, keep: int) -> None:
+    """Remove what ``current`` makes obsolete: older checkpoints beyond ``keep``, newer ones of a branch given up."""
+    checkpoints = list_checkpoints(root)
+    place = checkpoints.index(current)
+    for path in [*checkpoints[: max(0, place + 1 - keep)], *checkpoints[place + 1 :], *root.glob(".step-*.old")]:
+        shutil.rmtree(path)
 
 
 def _point_latest(root: Path, name: str) -> None:

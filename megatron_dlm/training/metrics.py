@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -120,7 +121,7 @@ class Reporter:
         directory = Path(config.run.directory)
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
-        _drop_from(path, first_step)
+        self._evaluated = _drop_after(path, first_step)
         self._recent: list[dict[str, Any]] = []
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._board = _tensorboard(directory / "tensorboard", first_step)
@@ -149,7 +150,8 @@ class Reporter:
         """Record one evaluation and print it."""
         if not self.active:
             return
-        self._write(record)
+        if record["step"] not in self._evaluated:
+            self._write(record)
         self.say(
             f"step {record['step']}/{self.steps} | valid {self._likelihood} {record['valid_nelbo']:.4f} +- "
             f"{record['valid_nelbo_ci95']:.4f} nats/tok | {record['valid_bits_per_byte']:.4f} bits/byte | "
@@ -172,13 +174,14 @@ class Reporter:
                 self._board.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        record = {key: _finite_or_none(value) for key, value in record.items()}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         for key, value in record.items():
             values = (
                 {f"{key}/{i / 10:.1f}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
             )
             for name, number in values.items():
-                if self._board and name != "step" and number is not None:
+                if self._board and name != "step" and isinstance(number, (int, float)):
                     self._board.add_scalar(name, number, record["step"])
 
 
@@ -189,23 +192,34 @@ def _tensorboard(directory: Path, first_step: int) -> Any:
     except ImportError:
         print("TensorBoard is not installed, so there are no events: pip install 'megatron-dlm[log]'", file=sys.stderr)
         return None
-    return SummaryWriter(str(directory), purge_step=first_step)
+    return SummaryWriter(str(directory), purge_step=first_step + 1)
 
 
-def _drop_from(path: Path, first_step: int) -> None:
-    """Forget records after the step that a resumed run continues from, so that no step stands twice."""
+def _finite_or_none(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _drop_after(path: Path, first_step: int) -> set[int]:
+    """Forget records after the step that a resumed run continues from, so that no step stands twice.
+
+    Returns the steps whose evaluations are on record.
+    """
     if not path.exists():
-        return
-    kept = []
+        return set()
+    kept, evaluated = [], set()
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= first_step:
+            record = json.loads(line)
+            if record["step"] <= first_step:
                 kept.append(line)
+                evaluated |= {record["step"]} if "valid_nelbo" in record else set()
         except (ValueError, KeyError):  # a line that a kill cut short
             continue
     temporary = path.with_suffix(".partial")
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     temporary.replace(path)
+    return evaluated
 
 
 class Throughput:

@@ -30,8 +30,9 @@ def preflight(config: Config, *, world_size: int | None = None) -> None:
     validate(config, world_size=world_size, vocab_size=tokenizer.vocab_size)
     check_pass_through(config)
     train_data, _ = open_data(config, tokenizer)
-    check_schedule(config, total_steps(config, train_data))
-    checkpoint.resumable(config, tokenizer, train_data)
+    steps = total_steps(config, train_data)
+    check_schedule(config, steps)
+    checkpoint.resumable(config, tokenizer, train_data, steps=steps)
 
 
 def run_worker(config_dict: dict[str, Any]) -> None:
@@ -47,11 +48,13 @@ def run_worker(config_dict: dict[str, Any]) -> None:
 def train(training: Training) -> bool:
     """Train to the last step, or until a stop signal; collective. Returns whether the run is finished."""
     config = training.config
-    saved = checkpoint.resumable(config, training.tokenizer, training.train_stream.dataset)
+    saved = checkpoint.resumable(config, training.tokenizer, training.train_stream.dataset, steps=training.steps)
     step = checkpoint.load(training, saved) if saved else 0
     log = RunLog(training, first_step=step, resumed=saved)
     evaluate = Evaluator(training)
     stopped = False
+    if saved and evaluate.is_due(step):  # a stop may have come between the save and the evaluation
+        log.evaluation(evaluate(step))
     with StopSignal(announce=training.topology.rank == 0) as stop:
         while step < training.steps and not stopped:
             log.restart_clock()

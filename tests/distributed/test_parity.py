@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def traces(
 
 
 def _worst(before: list[float], now: list[float]) -> float:
+    assert all(map(math.isfinite, [*before, *now]))
     return max(abs(a - b) / abs(a) for a, b in zip(before, now, strict=True))
 
 
@@ -109,6 +111,7 @@ def test_run_equals_one_process(case: Case, traces: dict[str, Trace]) -> None:
     difference = {
         key: float((here.parameters[key] - whole).norm() / whole.norm()) for key, whole in one.parameters.items()
     }
+    assert all(map(math.isfinite, difference.values())), "a hole in the assembled parameters is NaN"
     worst = max(difference, key=difference.__getitem__)
     print(f"PARITY {name(case):40} loss {loss:.1e} gradient norm {norm:.1e} parameters {difference[worst]:.1e}")
     assert loss < 1e-6

@@ -22,10 +22,10 @@ def after(command: str, words: str) -> list[str]:
     return shlex.split(command.partition(words)[2])
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if " train " in c and "my.yaml" not in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if " train " in c])
 def test_training_commands_are_valid(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    config = load_config(after(command, "megatron-dlm train"))
+    config = load_config(after(command, " train "))
     assert config.data.train[0].path == "runs/data/train", "the tour prepares runs/data"
 
 
@@ -45,4 +45,4 @@ def test_files_and_make_targets_exist() -> None:
 
 
 def test_there_is_something_to_check() -> None:
-    assert len([c for c in COMMANDS if "megatron-dlm train" in c]) == 3
+    assert len([c for c in COMMANDS if " train " in c]) == 4

@@ -88,6 +88,15 @@ def test_autoregressive_arm_on_one_process_with_epochs(config: Path) -> None:
     assert last["epoch"] == pytest.approx(0.05, abs=16 * 32 / 60000)
     assert last["mask_ratio"] == 1.0
 
+    # A kill between the last save and the evaluation: the same command makes up for it.
+    metrics = config.parent / "run" / "metrics.jsonl"
+    kept = [line for line in metrics.read_text().splitlines() if "valid_nelbo" not in line]
+    (lost,) = [record for record in records(config) if "valid_nelbo" in record]
+    metrics.write_text("".join(line + "\n" for line in kept))
+    for _ in range(2):
+        assert main(["train", "--config", str(config)]) == 0
+        assert [record for record in records(config) if "valid_nelbo" in record] == [lost]
+
 
 @pytest.fixture
 def broken_data(tiny_data: Path, tmp_path: Path) -> Path:

@@ -14,7 +14,7 @@ import yaml
 
 from tests.runs import TINY
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: pytest tests/gpu")
 
 STEPS = 20
 

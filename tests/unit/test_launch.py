@@ -277,6 +277,20 @@ def test_a_killed_worker_is_named_and_not_what_the_others_say_of_it(config, capf
     assert "rank 1 was killed" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_directory_in_use_is_refused_and_left_alone(config, capfd, world_size):
+    def outer(mapping: dict) -> None:
+        if os.environ["RANK"] == "0":
+            code = launch.launch(lambda inner: note(inner, "second"), config, 1)
+            note(mapping, f"{code} {launch.started_by_torchrun()}")
+
+    assert launch.launch(outer, config, world_size) == 0
+    assert notes(config)[0].startswith("2 ")
+    assert "another run is using run.directory" in capfd.readouterr().err
+    assert status(config) == {"exit_code": 0, "reason": "done"}
+    assert launch.launch(lambda mapping: None, config, 1) == 0, "the lock ends with the run"
+
+
 def test_workers_are_out_of_reach_of_the_terminal(config):
     def group(config: dict) -> None:
         note(config, str(os.getpgid(0) == os.getpid()))

@@ -9,7 +9,20 @@ import pytest
 import torch
 
 from megatron_dlm.config import ConfigError
-from megatron_dlm.parallel.megatron_config import check_pass_through, ddp_config, optimizer_config, transformer_config
+from megatron_dlm.model.transformer import build_model
+from megatron_dlm.parallel.megatron_config import (
+    _PASS_THROUGH,
+    DistributedDataParallelConfig,
+    OptimizerConfig,
+    TransformerConfig,
+    check_pass_through,
+    ddp_config,
+    optimizer_config,
+    transformer_config,
+)
+from megatron_dlm.parallel.topology import initialize
+from megatron_dlm.training.setup import build
+from megatron_dlm.training.step import train_step
 from tests.runs import tiny_config
 
 
@@ -47,11 +60,17 @@ def test_bf16_keeps_fp32_gradient_reduction() -> None:
             {"transformer_config": {"num_layers": 3}},
             "model.transformer_config.num_layers is set by megatron_dlm",
         ),
-        ("model", {"transformer_config": {"hiden_dropout": 3}}, "is not a field of megatron-core's TransformerConfig"),
-        ("model", {"transformer_config": {"num_moe_experts": 4}}, "feature that this model does not build"),
+        (
+            "model",
+            {"transformer_config": {"hiden_dropout": 3}},
+            "takes no hiden_dropout; it takes: softmax_scale,",
+        ),
+        ("model", {"transformer_config": {"num_moe_experts": 4}}, "takes no num_moe_experts"),
         ("model", {"transformer_config": {"rotary_interleaved": "yes"}}, "is 'yes'; give true or false"),
+        ("model", {"transformer_config": {"softmax_scale": "abc"}}, "is 'abc'; give a number"),
         ("parallel", {"ddp_config": {"use_distributed_optimizer": False}}, "is set by megatron_dlm's own keys"),
-        ("parallel", {"ddp_config": {"bucket": 1}}, "DistributedDataParallelConfig"),
+        ("parallel", {"ddp_config": {"bucket": 1}}, "parallel.ddp_config takes no bucket"),
+        ("parallel", {"ddp_config": {"bucket_size": 1.5}}, "give an integer"),
         ("optimizer", {"optimizer_config": {"lr": 1.0}}, "is set by megatron_dlm's own keys"),
         ("optimizer", {"optimizer_config": {"adam_eps": "small"}}, "give a number"),
     ],
@@ -61,3 +80,48 @@ def test_bad_pass_through_is_one_line(section: str, values: dict[str, Any], mess
         check_pass_through(tiny_config(Path("data"), **{section: values}))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def losses(data: Path, section: str, key: str, values: dict[str, Any]) -> list[float]:
+    config = tiny_config(data, **{section: {key: values}} if values else {})
+    training = build(config, initialize(config.parallel))
+    return [train_step(training, step=step).loss for step in range(3)]
+
+
+CHANGES = {
+    "softmax_scale": 0.5,
+    "rotary_interleaved": True,
+    "activation_func_clamp_value": 0.01,
+    "glu_linear_offset": 0.5,
+    "adam_eps": 1.0,
+    "decoupled_lr": 1.0,
+}
+SAME_MATHEMATICS = {"bias_activation_fusion": True, "overlap_grad_reduce": True, "bucket_size": 1000}
+SECTIONS = {
+    TransformerConfig: ("model", "transformer_config"),
+    DistributedDataParallelConfig: ("parallel", "ddp_config"),
+    OptimizerConfig: ("optimizer", "optimizer_config"),
+}
+ACCEPTED = [(SECTIONS[kind], name) for kind, names in _PASS_THROUGH.items() for name in names]
+
+
+@pytest.mark.parametrize(("where", "name"), ACCEPTED, ids=[name for _, name in ACCEPTED])
+def test_every_accepted_field_has_its_effect(where: tuple[str, str], name: str, tiny_data: Path) -> None:
+    plain = losses(tiny_data, *where, {})
+    here = losses(tiny_data, *where, {name: (CHANGES | SAME_MATHEMATICS)[name]})
+    assert (here == pytest.approx(plain, rel=1e-7)) == (name in SAME_MATHEMATICS)
+
+
+def test_interleaved_rotation_is_a_rotation() -> None:
+    """Scores of a rotated query and key depend on their distance only; with the wrong angles they do not."""
+    from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+
+    config = tiny_config(Path("data"), model={"transformer_config": {"rotary_interleaved": True}})
+    topology = initialize(config.parallel)
+    (chunk,) = build_model(config, topology, vocab_size=250)
+    angles = chunk.rotary_pos_emb(12)
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 1, 1, 16).expand(2, 12, 1, 1, 16).unbind()
+    query, key = (apply_rotary_pos_emb(t, angles, config=chunk.config) for t in (query, key))
+    scores = (query[:-1] * key[1:]).sum(-1).flatten()
+    torch.testing.assert_close(scores, scores[:1].expand_as(scores), rtol=1e-4, atol=1e-4)
