@@ -23,7 +23,6 @@ _PASS_THROUGH: dict[type, dict[str, type]] = {
         "rotary_interleaved": bool,
         "activation_func_clamp_value": float,
         "glu_linear_offset": float,
-        "bias_activation_fusion": bool,
     },
     DistributedDataParallelConfig: {"overlap_grad_reduce": bool, "bucket_size": int},
     OptimizerConfig: {"adam_eps": float, "decoupled_lr": float},

@@ -119,7 +119,7 @@ REFUSALS = {
     ),
     "pass-through typo": (
         ["--model.transformer_config", "{hiden: 1}"],
-        "model.transformer_config.hiden is not a field",
+        "model.transformer_config takes no hiden",
     ),
     "pass-through of an owned key": (
         ["--optimizer.optimizer_config", "{lr: 1}"],

@@ -96,7 +96,7 @@ CHANGES = {
     "adam_eps": 1.0,
     "decoupled_lr": 1.0,
 }
-SAME_MATHEMATICS = {"bias_activation_fusion": True, "overlap_grad_reduce": True, "bucket_size": 1000}
+SAME_MATHEMATICS = {"overlap_grad_reduce": True, "bucket_size": 1000}
 SECTIONS = {
     TransformerConfig: ("model", "transformer_config"),
     DistributedDataParallelConfig: ("parallel", "ddp_config"),
