@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -30,6 +31,13 @@ def wrap_data_parallel(
     """
     with _only_errors("megatron.core.distributed.distributed_data_parallel"):
         return DistributedDataParallel(config, ddp_config, chunk)
+
+
+def gradients_for_norm(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
+    """This rank's gradients that count in the global norm, each parameter on one rank only; 0.19 renamed the method."""
+    if hasattr(optimizer, "get_grads_for_grad_norm"):
+        return optimizer.get_grads_for_grad_norm()
+    return optimizer.get_main_grads_for_grad_norm()
 
 
 def save_sharded(state: dict[str, Any], directory: str, metadata: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dlm.config import Config
 from megatron_dlm.model.transformer import DiffusionTransformer
-from megatron_dlm.parallel.compat import repair_adam_step_loading, wrap_data_parallel
+from megatron_dlm.parallel.compat import gradients_for_norm, repair_adam_step_loading, wrap_data_parallel
 from megatron_dlm.parallel.megatron_config import ddp_config, optimizer_config
 
 _SCHEDULES = {"wsd": "WSD", "cosine": "cosine", "linear": "linear", "constant": "constant"}
@@ -109,7 +109,7 @@ class Optimizer:
         """
         total = 0.0
         for part in self.parts:
-            norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in part.get_main_grads_for_grad_norm()]
+            norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients_for_norm(part)]
             zero = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
             squares = torch.stack([zero, *norms]).square().sum()
             dist.all_reduce(squares, group=part.get_grad_stats_parallel_group())
