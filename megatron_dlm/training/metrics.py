@@ -49,6 +49,11 @@ def training_flops(
     return 3.0 * (body + 2.0 * model.hidden_size * vocab_size * head_rows)
 
 
+def likelihood_name(model: ModelConfig) -> str:
+    """What a held-out figure is: a bound for masked diffusion, exact for the autoregressive objective."""
+    return "NLL" if model.objective == "autoregressive" else "NELBO"
+
+
 def peak_tflops() -> float | None:
     """Peak dense bf16 TFLOP/s of this GPU; None on a CPU or an unknown device."""
     if not torch.cuda.is_available():
@@ -125,7 +130,7 @@ class Reporter:
         self._recent: list[dict[str, Any]] = []
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._board = _tensorboard(directory / "tensorboard", first_step)
-        self._likelihood = "NLL" if config.model.objective == "autoregressive" else "NELBO"
+        self._likelihood = likelihood_name(config.model)
         self._bar: tqdm | None = None  # begins with the first step, below the banner
 
     def step(self, record: dict[str, Any], *, show: bool) -> None:
@@ -196,7 +201,9 @@ def _tensorboard(directory: Path, first_step: int) -> Any:
 
 
 def _finite_or_none(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """JSON has no NaN and no infinity, and a step with a NaN loss must be recorded like any other."""
+    if isinstance(value, list):
+        return [_finite_or_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

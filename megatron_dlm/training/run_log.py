@@ -16,6 +16,7 @@ from megatron_dlm.training.metrics import (
     Throughput,
     format_count,
     format_duration,
+    likelihood_name,
     parameter_count,
     training_flops,
 )
@@ -100,7 +101,7 @@ class RunLog:
             say(f"{how} at step {done}/{training.steps} after {took} | skipped {self._skipped}")
         if self._evaluation:
             nelbo, unigram = self._evaluation["valid_nelbo"], self._evaluation["valid_unigram"]
-            name = "NLL" if training.config.model.objective == "autoregressive" else "NELBO"
+            name = likelihood_name(training.config.model)
             side = "below" if nelbo < unigram else "above"
             say(
                 f"held-out   {name} {nelbo:.4f} +- {self._evaluation['valid_nelbo_ci95']:.4f} nats/tok, "

@@ -81,3 +81,19 @@ def test_resumed_metrics_hold_every_step_once(tmp_path: Path) -> None:
     again.close()
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3]
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_a_step_with_a_nan_loss_is_recorded_as_valid_json(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, run={"directory": str(tmp_path / "run")})
+    reporter = Reporter(config, active=True, steps=2, first_step=0)
+    nan = float("nan")
+    record = {"step": 1, "loss": nan, "grad_norm": float("inf"), "lr": 1e-3, "loss_by_mask_ratio": [1.0, None, nan]}
+    reporter.step(record, show=False)
+    reporter.close()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    written = json.loads(line, parse_constant=refuse)
+    assert written == record | {"loss": None, "grad_norm": None, "loss_by_mask_ratio": [1.0, None, None]}
