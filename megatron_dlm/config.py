@@ -84,17 +84,27 @@ class DiffusionConfig:
     masking: Literal["exact_count", "bernoulli"] = "exact_count"
     """Mask an exact number of tokens of each sequence, or each token independently."""
     noise_levels: Literal["stratified_antithetic", "stratified", "antithetic", "iid"] = "stratified_antithetic"
-    """How the noise levels of a global batch are drawn; the default has the least variance."""
+    """How the noise levels of a global batch are drawn; iid gives the noisiest loss (examples/estimator_variance.py
+    measures it)."""
     schedule: Literal["linear", "cosine", "cosine_mdlm", "polynomial", "geometric"] = "linear"
     """Mask probability as a function of the diffusion time."""
-    weighting: Literal["elbo"] = "elbo"
-    """Weights of the masked tokens' losses: those that make the loss the negative evidence lower bound."""
+    polynomial_exponent: float = 2.0
+    """The polynomial schedule: mask probability = time ** exponent."""
+    sigma_min: float = 1.0e-4
+    """The geometric schedule: total noise at time 0; the mask probability is 1 - exp(-noise)."""
+    sigma_max: float = 20.0
+    """The geometric schedule: total noise at time 1."""
+    weighting: Literal["elbo", "none", "cart"] = "elbo"
+    """Weights of the masked tokens' losses: elbo makes the loss the negative evidence lower bound, none is the plain
+    mean over masked tokens (MaskGIT), cart weights by the visible tokens nearby (Dream). Held-out evaluation always
+    uses elbo."""
     eps: float = 1.0e-3
-    """Smallest diffusion time under bernoulli masking."""
+    """Smallest diffusion time under bernoulli masking, and what cosine_mdlm leaves unmasked at time 1."""
     random_length_probability: float = 0.01
     """Probability that a training sequence is cut to a random length."""
     complementary: bool = False
-    """Train on a mask and its complement as two rows of one sample (not available in this version)."""
+    """Train on a mask and its complement as two rows of one sample, so that every token of it is predicted. A global
+    batch then holds train.global_batch_size / 2 sequences; epochs and unique tokens count sequences, not rows."""
 
 
 @dataclass
@@ -238,3 +248,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def rows_per_sequence(self) -> int:
+        """Rows of the global batch that hold the same training sequence: 2 with complementary masks."""
+        return 2 if self.diffusion.complementary and self.model.objective == "masked_diffusion" else 1

@@ -6,17 +6,20 @@ import math
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from megatron_dlm.config import Config, ConfigError
+from megatron_dlm.config import Config, ConfigError, DiffusionConfig
 
 # One sequence's positions share a counter space of 2**22 in the random number generator.
 MAX_SEQUENCE_LENGTH = 2**22 - 1
 # Mask thresholds are 32-bit integers; eps keeps its share of them exact up to here.
 MAX_EPS = 0.25
+# The ELBO is an integral over all mask probabilities; a geometric schedule may leave out so much of it at its ends.
+MAX_LEFT_OUT = 0.01
 
 _POSITIVE = (
     "model.num_layers model.hidden_size model.num_attention_heads model.num_query_groups model.head_dim "
     "model.ffn_hidden_size model.norm_eps model.rope_theta model.init_std model.vocab_size_multiple "
-    "diffusion.eps parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size "
+    "diffusion.eps diffusion.polynomial_exponent diffusion.sigma_min diffusion.sigma_max "
+    "parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size "
     "parallel.virtual_pipeline_model_parallel_size parallel.data_parallel_size data.sequence_length "
     "data.unique_tokens train.steps train.epochs train.micro_batch_size train.global_batch_size "
     "train.log_interval optimizer.lr evaluate.interval evaluate.sequences checkpoint.interval checkpoint.keep"
@@ -40,10 +43,12 @@ def validate(config: Config, *, world_size: int | None = None, vocab_size: int |
     _check_layout(config, vocab_size)
     _check_batch(config, data_parallel_size(config, world_size))
     _check_data(config)
-    if config.diffusion.complementary:
-        raise ConfigError("diffusion.complementary: true is not available in this version; set it to false")
-    if config.diffusion.eps >= MAX_EPS:
-        raise ConfigError(f"diffusion.eps is {config.diffusion.eps}; it must be below {MAX_EPS}")
+    check_diffusion(config.diffusion)
+    if config.rows_per_sequence == 2 and config.train.global_batch_size % 2:
+        raise ConfigError(
+            f"train.global_batch_size ({config.train.global_batch_size}) must be even with diffusion.complementary: "
+            "true, which makes two rows of every sequence; change either"
+        )
     if (config.train.steps is None) == (config.train.epochs is None):
         given = "neither is" if config.train.steps is None else "both are"
         raise ConfigError(f"give exactly one of train.steps and train.epochs ({given} set)")
@@ -64,6 +69,22 @@ def check_schedule(config: Config, steps: int) -> None:
         if decay:
             parts += f" + optimizer.decay_steps ({decay})"
         raise ConfigError(f"{parts} is more than the {steps} training steps; shorten the schedule or train longer")
+
+
+def check_diffusion(diffusion: DiffusionConfig) -> None:
+    """Raise ``ConfigError`` for a contradiction within the ``diffusion`` section."""
+    if not 0 <= diffusion.eps < MAX_EPS:
+        raise ConfigError(f"diffusion.eps is {diffusion.eps}; it must be at least 0 and below {MAX_EPS}")
+    if diffusion.complementary and diffusion.masking != "exact_count":
+        raise ConfigError(
+            f"diffusion.complementary: true needs diffusion.masking exact_count, not {diffusion.masking}; change either"
+        )
+    left_out = -math.expm1(-diffusion.sigma_min) + math.exp(-diffusion.sigma_max)
+    if left_out > MAX_LEFT_OUT:
+        raise ConfigError(
+            f"diffusion.sigma_min ({diffusion.sigma_min:g}) to diffusion.sigma_max ({diffusion.sigma_max:g}) leave out "
+            f"{left_out:.0%} of the mask probabilities, of which the loss needs all; lower sigma_min or raise sigma_max"
+        )
 
 
 def data_parallel_size(config: Config, world_size: int | None) -> int | None:

@@ -76,9 +76,45 @@ def draw(
     return level ^ (((position & 1) ^ flip) * MASK32)
 
 
+def draw_pairs(
+    sample_ids: Integers,
+    mode: NoiseMode,
+    *,
+    seed: int,
+    step: int,
+    global_batch_size: int,
+    purpose: Purpose = Purpose.TRAIN,
+) -> Integers:
+    """Noise levels of complementary pairs: rows 2j and 2j + 1 of the global batch get the same level.
+
+    The antithetic modes take the even row's level of `draw` over all B rows: what the odd row would take is what a
+    complement has anyway. The others draw over the B / 2 pairs.
+
+    Args:
+        sample_ids, mode, seed, step, global_batch_size, purpose: as for `draw`; global_batch_size counts rows.
+
+    Raises:
+        ValueError: as `draw`, or the global batch size is odd.
+    """
+    if global_batch_size % 2:
+        raise ValueError(f"complementary pairs need an even global batch, not {global_batch_size} rows")
+    pairs: Any = sample_ids >> 1
+    if mode in ("stratified_antithetic", "antithetic"):
+        return draw(pairs * 2, mode, seed=seed, step=step, global_batch_size=global_batch_size, purpose=purpose)
+    return draw(pairs, mode, seed=seed, step=step, global_batch_size=global_batch_size // 2, purpose=purpose)
+
+
 def linear_count(levels: Any, eligible: Any) -> Any:
     """Exact-count masking, linear schedule: k = floor(u * L) + 1 of L = `eligible` tokens (below 2**22); 0 of none."""
     return (((2 * levels + 1) * eligible) >> 33) + (eligible > 0) * 1
+
+
+def linear_pair_count(levels: Any, eligible: Any) -> Any:
+    """Complementary pairs, linear schedule: k = floor(u * (L + 1)) in 0..L of L = `eligible` tokens (below 2**22).
+
+    The first row masks k tokens and the second the other L - k, so that both counts are uniform on 0..L.
+    """
+    return ((2 * levels + 1) * (eligible + 1)) >> 33
 
 
 def linear_threshold(levels: Any, eps: float) -> Any:

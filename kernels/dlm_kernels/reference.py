@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from dlm_kernels import noise_levels
+from dlm_kernels.loss_parts import consume, gather_hidden, require_equal_lengths, start_reduction
 from dlm_kernels.philox import TOKEN_POSITION_BITS, Purpose, Stream, random_bits, token_counter
 from dlm_kernels.types import MaskedTokens, Masking, NoiseDraw
 from dlm_kernels.vocab_parallel import RowStatistics, VocabShard, accumulator, exponentials_, gradient_, merge
@@ -30,6 +30,7 @@ def mask_tokens(
     draw: NoiseDraw | None = None,
     levels: Tensor | None = None,
     weights: Tensor | None = None,
+    complement: Tensor | None = None,
     eligible: Tensor | None = None,
     capacity: int | None = None,
     purpose: Purpose = Purpose.TRAIN,
@@ -51,15 +52,20 @@ def mask_tokens(
         draw: how to draw the noise levels of a linear schedule.
         levels: [batch] int64, on the device of `tokens`: the counts k, or the thresholds p * 2**32.
         weights: [batch] float32, the loss weight of each masked token of a sequence.
+        complement: [batch] bool, the sequences in which those eligible tokens are masked that otherwise would stay;
+            goes with `levels`, which still count the tokens that otherwise would be masked. None = no sequence.
         eligible: [batch, seq] bool, what may be masked; None = everything.
         capacity: length of the list of positions; None = as many as were masked, which reads the number back.
         purpose: training or validation.
 
     Raises:
-        ValueError: not exactly one of `draw` and (`levels`, `weights`) is given, or seq is too long.
+        ValueError: not exactly one of `draw` and (`levels`, `weights`) is given, `complement` comes with `draw`, or
+            seq is too long.
     """
     if (draw is None) == (levels is None) or (levels is None) != (weights is None):
         raise ValueError("mask_tokens needs either draw, or levels and weights")
+    if draw is not None and complement is not None:
+        raise ValueError("mask_tokens needs levels and weights where it is given a complement")
     batch, seq = tokens.shape
     if seq >= 1 << TOKEN_POSITION_BITS:
         raise ValueError(f"sequences of {seq} tokens are too long: the counter holds positions below 2**22")
@@ -82,6 +88,8 @@ def mask_tokens(
         masked = (keys <= limits) & (levels > 0)[:, None]
     else:
         masked = keys < levels[:, None]
+    if complement is not None:
+        masked ^= complement[:, None]
     if eligible is not None:
         masked &= eligible
 
@@ -210,13 +218,6 @@ def linear_cross_entropy(
     )
 
 
-def _consume(ctx: Any, name: str) -> None:
-    """Allow one backward pass: it scales the stored gradient in place."""
-    if ctx.consumed:
-        raise RuntimeError(f"{name}: its gradient was consumed by an earlier backward pass: call the forward again")
-    ctx.consumed = True
-
-
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -237,7 +238,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        _consume(ctx, "cross_entropy")
+        consume(ctx, "cross_entropy")
         values, targets, factors, *merged = ctx.saved_tensors
         gradient = gradient_(values, targets, factors * upstream, RowStatistics(*merged), ctx.shard)
         padding = ctx.shape[1] - ctx.shard.columns
@@ -259,17 +260,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         fp32_logits: bool,
         need: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        sequence_parallel = sequence_parallel and shard.world > 1
-        full = hidden
-        if sequence_parallel:
-            full = hidden.new_empty(hidden.shape[0] * shard.world, hidden.shape[1])
-            dist.all_gather_into_tensor(full, hidden.contiguous(), group=shard.group)
-        tokens, count = full.shape[0], targets.numel()
-        if weights.numel() != count or count != (tokens if rows is None else rows.numel()):
-            raise ValueError(
-                f"linear_cross_entropy: {tokens if rows is None else rows.numel()} rows, {count} targets and "
-                f"{weights.numel()} weights must be equally many"
-            )
+        full = gather_hidden(hidden, sequence_parallel, shard)
+        tokens = full.shape[0]
+        count = require_equal_lengths(tokens, rows, targets, weights)
         dtype = accumulator(hidden.dtype)
         real_weight = weight[: shard.columns]
         logit_weight = real_weight.to(dtype) if fp32_logits else real_weight
@@ -299,7 +292,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if d_weight is not None:
                     d_weight[: shard.columns].addmm_(gradient.to(dtype).t(), chunk.to(dtype))
         if d_hidden is not None:
-            d_hidden = _reduce(d_hidden[:tokens], sequence_parallel, shard)
+            d_hidden, reduction = start_reduction(d_hidden[:tokens], sequence_parallel, shard)
+            if reduction is not None:
+                reduction.wait()
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype, ctx.consumed = weight.dtype, False
         ctx.mark_non_differentiable(entropy, correct)
@@ -308,22 +303,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        _consume(ctx, "linear_cross_entropy")
+        consume(ctx, "linear_cross_entropy")
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden = d_hidden.mul_(upstream)
         if d_weight is not None:
             d_weight = d_weight.mul_(upstream).to(ctx.dtype)
         return d_hidden, d_weight, *(None,) * 8
-
-
-def _reduce(d_hidden: Tensor, sequence_parallel: bool, shard: VocabShard) -> Tensor:
-    """Sum the gradient of the hidden states over the group; under sequence parallelism keep this rank's part."""
-    if shard.world == 1:
-        return d_hidden
-    if not sequence_parallel:
-        dist.all_reduce(d_hidden, group=shard.group)
-        return d_hidden
-    part = d_hidden.new_empty(d_hidden.shape[0] // shard.world, d_hidden.shape[1])
-    dist.reduce_scatter_tensor(part, d_hidden, group=shard.group)
-    return part

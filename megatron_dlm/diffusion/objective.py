@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ from dlm_kernels import noise_levels
 from dlm_kernels.philox import Purpose, Stream, random_bits, random_words, token_counter
 from dlm_kernels.reference import mask_tokens
 from dlm_kernels.types import NoiseDraw
-from megatron_dlm.config import AutoregressiveConfig, Config, ConfigError, DiffusionConfig
-from megatron_dlm.diffusion.schedule import levels_and_weights
+from megatron_dlm.config import AutoregressiveConfig, Config, DiffusionConfig
+from megatron_dlm.config_validation import check_diffusion
+from megatron_dlm.diffusion.schedule import levels_and_weights, pair_levels_and_weights
+from megatron_dlm.diffusion.weighting import cart_weights
 
 # A GEMM likes it, and the lists of successive micro-batches then mostly have the same length.
 _ROW_MULTIPLE = 128
@@ -35,7 +38,9 @@ class Batch:
         targets: [n] int64, 0 in padding.
         weights: [n] float32, loss weights, 0 in padding.
         sample_index: [n] int64, which sequence of the batch a target belongs to.
-        num_eligible: tokens that the sum of the weighted losses is to be divided by.
+        num_eligible: tokens that could be scored.
+        divisor: [] int64, what the sum of the weighted losses is to be divided by, once, after both have been summed
+            over all micro-batches and data-parallel ranks.
         lengths: [batch] int64 on the CPU, real tokens of each sequence; None = all are full.
     """
 
@@ -45,11 +50,23 @@ class Batch:
     weights: Tensor
     sample_index: Tensor
     num_eligible: int
+    divisor: Tensor
     lengths: Tensor | None
+
+    def is_scored(self) -> Tensor:
+        """[n] bool: which rows are no padding. A scored token may still have the weight 0."""
+        if self.rows is None:
+            return torch.ones_like(self.targets, dtype=torch.bool)
+        return self.rows < self.inputs.numel()
 
 
 class MaskedDiffusion:
-    """Masked (absorbing) diffusion, weighted so that the expected loss is the negative ELBO."""
+    """Masked (absorbing) diffusion. With the default weighting the expected loss is the negative ELBO.
+
+    With `complementary`, sample ids 2j and 2j + 1 are two rows of sequence j: the second masks the eligible tokens
+    that the first leaves visible. Validation has neither complements nor another weighting than the ELBO's: its figure
+    is a NELBO, however the model was trained.
+    """
 
     def __init__(
         self,
@@ -68,10 +85,9 @@ class MaskedDiffusion:
             sequence_length: tokens, below 2**22.
 
         Raises:
-            ConfigError: eps is out of range.
+            ConfigError: a contradiction within the section.
         """
-        if not 0 <= config.eps < 0.25:
-            raise ConfigError(f"diffusion.eps is {config.eps}: choose a value in [0, 0.25)")
+        check_diffusion(config)
         self.config = config
         self.seed = seed
         self.mask_token_id = mask_token_id
@@ -82,7 +98,7 @@ class MaskedDiffusion:
         """Real tokens of each sequence: with a small probability uniform on 1..sequence_length, else all of them.
 
         Args:
-            sample_ids: [batch] int64.
+            sample_ids: [batch] int64; the two rows of a complementary pair have the same length.
             purpose: validation never shortens.
 
         Returns:
@@ -91,7 +107,8 @@ class MaskedDiffusion:
         threshold = round(self.config.random_length_probability * 2**32)
         if threshold == 0 or purpose is Purpose.VALIDATION:
             return None
-        choice, size, _, _ = random_words(self.seed, Stream.RANDOM_LENGTH, sample_ids, 0, purpose)
+        sequences = self._sequences(sample_ids, purpose)
+        choice, size, _, _ = random_words(self.seed, Stream.RANDOM_LENGTH, sequences, 0, purpose)
         shortened = ((size * self.sequence_length) >> 32) + 1
         lengths = np.where(choice < threshold, shortened, self.sequence_length)
         return None if (lengths == self.sequence_length).all() else torch.from_numpy(lengths)
@@ -108,14 +125,14 @@ class MaskedDiffusion:
         """Noised sequences and their scored positions. Positions beyond a sequence's length hold end-of-document.
 
         Args:
-            tokens: [batch, seq] int64, clean.
+            tokens: [batch, seq] int64, clean; equal for the rows of a complementary pair.
             sample_ids: [batch] int64, any subset of the global batch; for validation, indices in the set.
             step: training step; ignored for validation, whose noise is fixed.
-            global_batch_size: sequences in the global batch, or in the validation set.
+            global_batch_size: rows of the global batch, or sequences in the validation set.
             purpose: training or validation.
 
         Raises:
-            ValueError: a sample id is not in the global batch of `step`.
+            ValueError: a sample id is not in the global batch of `step`, or `complementary` and an odd global batch.
         """
         batch, seq = tokens.shape
         device = tokens.device
@@ -126,51 +143,92 @@ class MaskedDiffusion:
             eligible = torch.arange(seq, device=device) < lengths.to(device, non_blocking=True)[:, None]
             tokens = torch.where(eligible, tokens, self.end_of_document_id)
 
-        config = self.config
-        noise = NoiseDraw(
-            config.noise_levels, 0 if purpose is Purpose.VALIDATION else step, global_batch_size, config.eps
-        )
-        draw: NoiseDraw | None = noise
-        levels = weights = capacity = None
-        if config.schedule != "linear" or device.type != "cpu":
-            u_levels = noise_levels.draw(
-                sample_ids,
-                noise.mode,
-                seed=self.seed,
-                step=noise.step,
-                global_batch_size=global_batch_size,
-                purpose=purpose,
-            )
-            host_levels, host_weights = levels_and_weights(config, u_levels, counts)
-            if device.type != "cpu":
-                capacity = _capacity(host_levels, counts, config.masking == "exact_count")
-            if config.schedule != "linear":
-                draw = None
-                levels = torch.from_numpy(host_levels).to(device, non_blocking=True)
-                weights = torch.from_numpy(host_weights).to(device, torch.float32, non_blocking=True)
+        noise_step = 0 if purpose is Purpose.VALIDATION else step
         masked = mask_tokens(
             tokens,
-            sample_ids,
+            self._sequences(sample_ids, purpose),
             seed=self.seed,
             mask_token_id=self.mask_token_id,
-            masking=config.masking,
-            draw=draw,
-            levels=levels,
-            weights=weights,
+            masking=self.config.masking,
             eligible=eligible,
-            capacity=capacity,
             purpose=purpose,
+            **self._noise(sample_ids, counts, noise_step, global_batch_size, purpose, device),
         )
         rows = masked.rows.long()
+        num_eligible = int(counts.sum())
+        weighting = self.config.weighting if purpose is Purpose.TRAIN else "elbo"
+        weights, divisor = masked.weights, torch.full((), num_eligible, device=device)
+        if weighting == "none":
+            scored = rows < batch * seq
+            weights, divisor = scored.float(), scored.sum()
+        elif weighting == "cart":
+            weights = _cart(rows, batch, seq, eligible)
         return Batch(
             inputs=masked.tokens,
             rows=rows,
             targets=masked.targets,
-            weights=masked.weights,
+            weights=weights,
             sample_index=(rows // seq).clamp(max=batch - 1),
-            num_eligible=int(counts.sum()),
+            num_eligible=num_eligible,
+            divisor=divisor,
             lengths=lengths,
         )
+
+    def _complementary(self, purpose: Purpose) -> bool:
+        return self.config.complementary and purpose is Purpose.TRAIN
+
+    def _sequences(self, sample_ids: np.ndarray, purpose: Purpose) -> np.ndarray:
+        """What names the token keys and the length of each row, [batch] int64."""
+        return sample_ids >> 1 if self._complementary(purpose) else sample_ids
+
+    def _noise(
+        self,
+        sample_ids: np.ndarray,
+        counts: np.ndarray,
+        step: int,
+        global_batch_size: int,
+        purpose: Purpose,
+        device: torch.device,
+    ) -> dict[str, Any]:
+        """The arguments of `mask_tokens` that say how much is masked, with the weights of the ELBO.
+
+        A linear schedule without complements is left to `mask_tokens`, which draws the same integers where the tokens
+        are; the host then draws them for the number of rows only. The rest is evaluated here, in fp64.
+
+        Args:
+            sample_ids: [batch] int64.
+            counts: [batch] int64, eligible tokens.
+        """
+        config, paired = self.config, self._complementary(purpose)
+        noise = NoiseDraw(config.noise_levels, step, global_batch_size, config.eps)
+        drawn_there = config.schedule == "linear" and not paired
+        if drawn_there and device.type == "cpu":
+            return {"draw": noise}
+        draw = noise_levels.draw_pairs if paired else noise_levels.draw
+        u_levels = draw(
+            sample_ids,
+            noise.mode,
+            seed=self.seed,
+            step=step,
+            global_batch_size=global_batch_size,
+            purpose=purpose,
+        )
+        complement = sample_ids % 2 == 1
+        if paired:
+            levels, weights = pair_levels_and_weights(config, u_levels, counts, complement)
+        else:
+            levels, weights = levels_and_weights(config, u_levels, counts)
+        arguments: dict[str, Any] = {}
+        if device.type != "cpu":
+            masked = np.where(complement, counts - levels, levels) if paired else levels
+            arguments["capacity"] = _capacity(masked, counts, config.masking == "exact_count")
+        if drawn_there:
+            return {**arguments, "draw": noise}
+        if paired:
+            arguments["complement"] = torch.from_numpy(complement).to(device, non_blocking=True)
+        arguments["levels"] = torch.from_numpy(levels).to(device, non_blocking=True)
+        arguments["weights"] = torch.from_numpy(weights).to(device, torch.float32, non_blocking=True)
+        return arguments
 
 
 class Autoregressive:
@@ -235,6 +293,7 @@ class Autoregressive:
             weights=torch.ones(batch * seq, device=device),
             sample_index=torch.arange(batch * seq, device=device) // seq,
             num_eligible=batch * seq,
+            divisor=torch.full((), batch * seq, device=device),
             lengths=None,
         )
 
@@ -254,6 +313,15 @@ def build_objective(config: Config, *, mask_token_id: int, end_of_document_id: i
     if config.model.objective == "masked_diffusion":
         return MaskedDiffusion(config.diffusion, **common)
     return Autoregressive(config.autoregressive, **common)
+
+
+def _cart(rows: Tensor, batch: int, seq: int, eligible: Tensor | None) -> Tensor:
+    """CART weights [n] float32 of the masked tokens `rows`, 0 in padding; masked and not eligible tokens are unseen."""
+    total = batch * seq
+    visible = torch.ones(total + 1, dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)[:total]
+    visible = visible.view(batch, seq)
+    weights = cart_weights(visible if eligible is None else visible & eligible).float().view(-1)
+    return torch.where(rows < total, weights[rows.clamp(max=total - 1)], 0.0)
 
 
 def _capacity(levels: np.ndarray, counts: np.ndarray, exact: bool) -> int:

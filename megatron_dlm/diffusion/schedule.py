@@ -3,7 +3,7 @@
 - `linear`: p = t.
 - `cosine`: p = cos(pi/2 (1 - t)), as in the dllm and duo code bases.
 - `cosine_mdlm`: p = (1 - eps)(1 - cos(pi t / 2)), as in MDLM (Sahoo et al., 2024).
-- `polynomial`: p = t**2.
+- `polynomial`: p = t**polynomial_exponent.
 - `geometric`: p = 1 - exp(-sigma), sigma = sigma_min**(1 - t) * sigma_max**t, as in SEDD (Lou et al., 2024).
 """
 
@@ -15,20 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from dlm_kernels.noise_levels import linear_count, linear_threshold
+from dlm_kernels.noise_levels import linear_count, linear_pair_count, linear_threshold
 from megatron_dlm.config import DiffusionConfig
 
-_EXPONENT = 2.0
-_SIGMA_MIN, _SIGMA_MAX = 1.0e-4, 20.0
 
-
-def mask_probability(name: str, t: Any, eps: float = 1.0e-3) -> Any:
+def mask_probability(config: DiffusionConfig, t: Any) -> Any:
     """Mask probability p(t).
 
     Args:
-        name: one of the schedules above.
+        config: schedule and its parameters: eps (of `cosine_mdlm`), polynomial_exponent, sigma_min and sigma_max.
         t: diffusion time in (0, 1]: float, or float64 array or tensor.
-        eps: the part of p that `cosine_mdlm` leaves out at t = 1.
 
     Returns:
         p(t), of the shape and kind of `t`.
@@ -37,30 +33,32 @@ def mask_probability(name: str, t: Any, eps: float = 1.0e-3) -> Any:
         ValueError: unknown schedule.
     """
     xp: Any = torch if torch.is_tensor(t) else np
+    name = config.schedule
     if name == "linear":
         return t
     if name == "cosine":
         return xp.sin(math.pi / 2 * t)
     if name == "cosine_mdlm":
-        return (1 - eps) * 2 * xp.sin(math.pi / 4 * t) ** 2
+        return (1 - config.eps) * 2 * xp.sin(math.pi / 4 * t) ** 2
     if name == "polynomial":
-        return t**_EXPONENT
+        return t**config.polynomial_exponent
     if name == "geometric":
-        return -xp.expm1(-_sigma(t))
+        return -xp.expm1(-_sigma(config, t))
     raise ValueError(f"unknown noise schedule {name!r}")
 
 
-def elbo_weight(name: str, t: Any) -> Any:
+def elbo_weight(config: DiffusionConfig, t: Any) -> Any:
     """Weight of the cross-entropy of a masked token in the ELBO at time t: p'(t) / p(t) = -alpha'(t) / (1 - alpha(t)).
 
     Args:
-        name: one of the schedules above.
+        config: schedule and its parameters.
         t: diffusion time in (0, 1]: float, or float64 array or tensor.
 
     Raises:
         ValueError: unknown schedule.
     """
     xp: Any = torch if torch.is_tensor(t) else np
+    name = config.schedule
     if name == "linear":
         return 1 / t
     if name == "cosine":
@@ -68,45 +66,80 @@ def elbo_weight(name: str, t: Any) -> Any:
     if name == "cosine_mdlm":
         return math.pi / 2 / xp.tan(math.pi / 4 * t)
     if name == "polynomial":
-        return _EXPONENT / t
+        return config.polynomial_exponent / t
     if name == "geometric":
-        return math.log(_SIGMA_MAX / _SIGMA_MIN) * _sigma(t) / xp.expm1(_sigma(t))
+        sigma = _sigma(config, t)  # sigma' / expm1(sigma), which would overflow for a large sigma_max
+        return math.log(config.sigma_max / config.sigma_min) * sigma * xp.exp(-sigma) / -xp.expm1(-sigma)
     raise ValueError(f"unknown noise schedule {name!r}")
 
 
 def levels_and_weights(
     config: DiffusionConfig, u_levels: np.ndarray, eligible_counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Masking level and loss weight of each sequence.
+    """Masking level and ELBO weight of each sequence.
 
     Exact count: k = floor(p(u) L) + 1 of L eligible tokens (at most L) and the weight p'(u) L / k, which is unbiased
     for every schedule that covers p from 0 to 1. Bernoulli: with t = (1 - eps) u + eps the threshold p(t) * 2**32 and
     the weight p'(t) / p(t). The linear schedule uses the integers of `dlm_kernels.noise_levels`.
 
     Args:
-        config: masking, schedule and eps.
+        config: masking, schedule and its parameters.
         u_levels: [batch] int64, levels U of `noise_levels.draw`.
         eligible_counts: [batch] int64, L.
 
     Returns:
         Counts or thresholds [batch] int64, and weights [batch] float64.
     """
-    u = (u_levels + 0.5) * 2.0**-32
+    u = _uniform(u_levels)
     if config.masking == "exact_count":
         if config.schedule == "linear":
             counts = linear_count(u_levels, eligible_counts)
             return counts, eligible_counts / np.maximum(counts, 1)
-        p = mask_probability(config.schedule, u, config.eps)
+        p = mask_probability(config, u)
         counts = np.minimum(np.floor(p * eligible_counts).astype(np.int64) + 1, eligible_counts)
-        slope = elbo_weight(config.schedule, u) * p
+        slope = elbo_weight(config, u) * p
         return counts, slope * eligible_counts / np.maximum(counts, 1)
     if config.schedule == "linear":
         thresholds = linear_threshold(u_levels, config.eps)
         return thresholds, 2.0**32 / thresholds
     t = (1 - config.eps) * u + config.eps
-    thresholds = np.rint(mask_probability(config.schedule, t, config.eps) * 2.0**32).astype(np.int64)
-    return thresholds, elbo_weight(config.schedule, t)
+    thresholds = np.rint(mask_probability(config, t) * 2.0**32).astype(np.int64)
+    return thresholds, elbo_weight(config, t)
 
 
-def _sigma(t: Any) -> Any:
-    return _SIGMA_MIN * (_SIGMA_MAX / _SIGMA_MIN) ** t
+def pair_levels_and_weights(
+    config: DiffusionConfig, u_levels: np.ndarray, eligible_counts: np.ndarray, complement: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Count and ELBO weight of the rows of complementary pairs.
+
+    The first row of a pair masks k = floor(p(u) (L + 1)) of its L eligible tokens, 0 to L, with the weight
+    p'(u) (L + 1) / k, and the second the other L - k, with p'(u) (L + 1) / (L - k). Each row alone is unbiased: with p
+    uniform its count is uniform on 0..L, and the L counts above 0 then add up to the ELBO. (With k uniform on 1..L the
+    second row would be biased.)
+
+    Args:
+        config: schedule and its parameters.
+        u_levels: [batch] int64, levels U of `noise_levels.draw_pairs`, equal within a pair.
+        eligible_counts: [batch] int64, L, equal within a pair.
+        complement: [batch] bool, whether a row is the second of its pair.
+
+    Returns:
+        k [batch] int64 (of the first row, for both rows), and weights [batch] float64, 0 where nothing is masked.
+    """
+    u = _uniform(u_levels)
+    if config.schedule == "linear":
+        counts, slope = linear_pair_count(u_levels, eligible_counts), np.ones(len(u))
+    else:
+        p = mask_probability(config, u)
+        counts = np.minimum(np.floor(p * (eligible_counts + 1)).astype(np.int64), eligible_counts)
+        slope = elbo_weight(config, u) * p
+    masked = np.where(complement, eligible_counts - counts, counts)
+    return counts, np.where(masked > 0, slope * (eligible_counts + 1) / np.maximum(masked, 1), 0.0)
+
+
+def _uniform(u_levels: np.ndarray) -> np.ndarray:
+    return (u_levels + 0.5) * 2.0**-32
+
+
+def _sigma(config: DiffusionConfig, t: Any) -> Any:
+    return config.sigma_min * (config.sigma_max / config.sigma_min) ** t

@@ -35,7 +35,7 @@ class BatchStream:
 
     Sample ``position`` of the global batch goes to micro-batch ``position // (micro_batch * DP)``, and
     there to data-parallel rank ``position // micro_batch % DP``. So neighbouring samples, whose noise levels
-    are antithetic, share a micro-batch.
+    are antithetic, share a micro-batch. With complementary masks sample 2j and 2j + 1 are sequence j of the data.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class BatchStream:
         self.dataset = dataset
         self.objective = objective
         self.topology = topology
+        self.rows_per_sequence = config.rows_per_sequence
         self.micro_batch_size = config.train.micro_batch_size
         self.global_batch_size = config.train.global_batch_size
         self.num_microbatches = self.global_batch_size // (self.micro_batch_size * topology.data_size)
@@ -87,6 +88,7 @@ class BatchStream:
     ) -> MicroBatch:
         if not reads_tokens:
             return MicroBatch(sample_ids, None, self.objective.lengths(sample_ids, purpose), None)
-        tokens = torch.from_numpy(self.dataset.sequences(sample_ids)).to(self.topology.device, non_blocking=True)
+        sequences = sample_ids // self.rows_per_sequence if purpose is Purpose.TRAIN else sample_ids
+        tokens = torch.from_numpy(self.dataset.sequences(sequences)).to(self.topology.device, non_blocking=True)
         batch = self.objective.batch(tokens, sample_ids, step=step, global_batch_size=group_size, purpose=purpose)
         return MicroBatch(sample_ids, batch.inputs, batch.lengths, batch)

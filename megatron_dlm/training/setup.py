@@ -88,8 +88,12 @@ def open_data(config: Config, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | 
 
 
 def total_steps(config: Config, dataset: Dataset) -> int:
-    """``train.steps``, or the steps that cover ``train.epochs`` passes over the unique tokens, at least one."""
+    """``train.steps``, or the steps that cover ``train.epochs`` passes over the unique tokens, at least one.
+
+    A pass counts sequences: with complementary masks a global batch holds half as many as it has rows.
+    """
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None
-    return max(1, math.ceil(config.train.epochs * dataset.samples_per_epoch / config.train.global_batch_size))
+    rows = config.train.epochs * dataset.samples_per_epoch * config.rows_per_sequence
+    return max(1, math.ceil(rows / config.train.global_batch_size))

@@ -23,7 +23,8 @@ class StepReport(NamedTuple):
     """One step's global figures, equal on all ranks."""
 
     loss: float
-    """Weighted cross-entropy per eligible token (nats); an estimate of the NELBO for masked diffusion."""
+    """The training loss (nats): the weighted cross-entropy per eligible token, with the ELBO weighting an estimate of
+    the NELBO; without weighting the mean over the masked tokens."""
     grad_norm: float
     lr: float
     applied: bool
@@ -41,36 +42,57 @@ class StepReport(NamedTuple):
 def train_step(training: Training, *, step: int, stop_requested: bool = False) -> StepReport:
     """Noise, forward, backward, one global normalisation, update; collective."""
     topology, stream = training.topology, training.train_stream
-    topology.seed_dropout(training.config.run.seed, step)
-    for chunk in training.chunks:
-        chunk.train()
-    training.optimizer.zero_grad()
-    reports = run_pipeline(
-        training.chunks,
+    reports = accumulate_gradients(
+        training,
         lambda reads_tokens: stream.training(step, reads_tokens=reads_tokens),
-        _training_output,
+        step=step,
         num_microbatches=stream.num_microbatches,
-        seq_length=stream.dataset.sequence_length,
-        micro_batch_size=stream.micro_batch_size,
     )
     update = training.optimizer.step(step)
-    totals = torch.zeros(3 + 3 * BUCKETS, dtype=torch.float64, device=topology.device)
+    totals = torch.zeros(5 + 3 * BUCKETS, dtype=torch.float64, device=topology.device)
     if topology.reports_loss:
         totals[1:] = sum(reports)
     totals[0] = float(stop_requested)
-    stop, loss, eligible, *buckets = topology.sum_over_world(totals).tolist()
+    stop, loss, divisor, eligible, scored, *buckets = topology.sum_over_world(totals).tolist()
     sums = [buckets[i : i + BUCKETS] for i in range(0, 3 * BUCKETS, BUCKETS)]
-    scored, correct = sum(sums[0]), sum(sums[2])
     return StepReport(
-        loss=loss / max(eligible, 1.0),
+        loss=loss / max(divisor, 1.0),
         grad_norm=update.grad_norm,
         lr=update.lr,
         applied=update.applied,
         eligible_tokens=int(eligible),
         scored_tokens=int(scored),
-        accuracy=correct / max(scored, 1.0),
+        accuracy=sum(sums[2]) / max(sum(sums[0]), 1.0),
         by_mask_ratio=means_by_mask_ratio(sums),
         stop_requested=stop > 0,
+    )
+
+
+def accumulate_gradients(
+    training: Training, batches: Callable[[bool], Iterator[MicroBatch]], *, step: int, num_microbatches: int
+) -> list[Tensor]:
+    """Forward and backward of micro-batches into cleared gradient buffers, with the dropout of ``step``; collective.
+
+    Args:
+        batches: as for ``run_pipeline``.
+        step: decides the dropout masks.
+
+    Returns:
+        One report per micro-batch on the last stage, an empty list elsewhere: [4 + 3 * 10] fp64, the weighted loss
+        sum, its divisor, the eligible and the scored tokens, and the sums by mask ratio.
+    """
+    training.topology.seed_dropout(training.config.run.seed, step)
+    for chunk in training.chunks:
+        chunk.train()
+    training.optimizer.zero_grad()
+    stream = training.train_stream
+    return run_pipeline(
+        training.chunks,
+        batches,
+        _training_output,
+        num_microbatches=num_microbatches,
+        seq_length=stream.dataset.sequence_length,
+        micro_batch_size=stream.micro_batch_size,
     )
 
 
@@ -129,7 +151,8 @@ def _reads_tokens(chunk: Chunk) -> bool:
 def _training_output(micro_batch: MicroBatch, losses: TokenLosses) -> tuple[Tensor, Tensor, Tensor]:
     batch = micro_batch.batch
     assert batch is not None
-    eligible = torch.tensor([batch.num_eligible], dtype=torch.float64, device=losses.loss_sum.device)
-    loss_sum = losses.loss_sum.detach().double().view(1)
-    report = torch.cat([loss_sum, eligible, sums_by_mask_ratio(batch, losses).flatten()])
-    return losses.loss_sum, eligible[0].int(), report
+    loss_sum = losses.loss_sum.detach().double()
+    eligible = torch.full_like(loss_sum, batch.num_eligible)  # a fill: copying the number to the device would stall
+    counts = torch.stack([loss_sum, batch.divisor, eligible, batch.is_scored().sum()])
+    report = torch.cat([counts, sums_by_mask_ratio(batch, losses).flatten()])
+    return losses.loss_sum, batch.divisor.int(), report

@@ -24,11 +24,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
     "TP2-PP2-DP2": (8, {**TP2, **PP2}),
 }
-MODELS = {
-    "diffusion": {"objective": "masked_diffusion"},
-    "diffusion tied": {"objective": "masked_diffusion", "tie_embeddings": True},
-    "autoregressive": {"objective": "autoregressive"},
-    "autoregressive tied": {"objective": "autoregressive", "tie_embeddings": True},
+# Sections of the configuration.
+MODELS: dict[str, dict[str, dict[str, Any]]] = {
+    "diffusion": {"model": {"objective": "masked_diffusion"}},
+    "diffusion tied": {"model": {"objective": "masked_diffusion", "tie_embeddings": True}},
+    "autoregressive": {"model": {"objective": "autoregressive"}},
+    "autoregressive tied": {"model": {"objective": "autoregressive", "tie_embeddings": True}},
+}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "unweighted": {"diffusion": {"weighting": "none", "masking": "bernoulli", "random_length_probability": 0.1}},
+    "cart": {"diffusion": {"weighting": "cart", "random_length_probability": 0.1}},
+    "complementary": {"diffusion": {"complementary": True, "random_length_probability": 0.1}},
 }
 Case = tuple[str, str, dict[str, Any]]  # model, layout, extra train settings; compared with the model on one process
 USUAL: list[Case] = [
@@ -45,6 +51,10 @@ USUAL: list[Case] = [
     ("diffusion", "one", {"micro_batch_size": 8}),
     ("diffusion", "one", {"micro_batch_size": 1}),
     ("autoregressive", "one", {"recompute": "full", "micro_batch_size": 4}),
+    *((variant, "DP2", {"micro_batch_size": 1}) for variant in VARIANTS),
+    *((variant, "one", {"micro_batch_size": 4}) for variant in VARIANTS),
+    ("unweighted", "PP2", {}),
+    ("complementary", "PP2", {"micro_batch_size": 1}),
 ]
 # The rest of the matrix takes minutes: `make parity` runs it.
 REST: list[Case] = [
@@ -73,7 +83,7 @@ def traces(
 ) -> dict[str, Trace]:
     """The traces of the selected cases; the cases of one world size share one launch."""
     layouts = {"one": (1, {}), **LAYOUTS}
-    cases: list[Case] = [(model, "one", {}) for model in MODELS]
+    cases: list[Case] = [(model, "one", {}) for model in [*MODELS, *VARIANTS]]
     for item in request.session.items:
         case = item.callspec.params["case"] if item.path == request.path else None
         if case and case not in cases:
@@ -84,7 +94,7 @@ def traces(
         configs = [
             tiny_config(
                 tiny_data,
-                model=MODELS[model],
+                **(MODELS | VARIANTS)[model],
                 parallel=layouts[layout][1],
                 train={"steps": STEPS, "micro_batch_size": 2, "global_batch_size": 16, **extra},
             )

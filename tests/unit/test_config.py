@@ -170,7 +170,19 @@ VPP, DP = "parallel__virtual_pipeline_model_parallel_size", "parallel__data_para
         ({"diffusion__random_length_probability": 1.1}, "diffusion.random_length_probability is 1.1; it must"),
         ({"autoregressive__input_mask_ratio": -0.1}, "autoregressive.input_mask_ratio is -0.1"),
         ({"diffusion__eps": 0.0}, "diffusion.eps is 0.0"),
-        ({"diffusion__complementary": True}, "diffusion.complementary: true is not available"),
+        ({"diffusion__eps": 0.25}, "diffusion.eps is 0.25; it must be at least 0 and below 0.25"),
+        ({"diffusion__polynomial_exponent": 0.0}, "diffusion.polynomial_exponent is 0.0; it must be greater than 0"),
+        ({"diffusion__sigma_min": 0.0}, "diffusion.sigma_min is 0.0; it must be greater than 0"),
+        ({"diffusion__sigma_min": 30.0}, "diffusion.sigma_min (30) to diffusion.sigma_max (20) leave out 100% of"),
+        ({"diffusion__sigma_max": 2.0}, "leave out 14% of the mask probabilities, of which the loss needs all; lower"),
+        (
+            {"diffusion__complementary": True, "diffusion__masking": "bernoulli"},
+            "diffusion.complementary: true needs diffusion.masking exact_count, not bernoulli; change either",
+        ),
+        (
+            {"diffusion__complementary": True, "train__global_batch_size": 9, "train__micro_batch_size": 3},
+            "train.global_batch_size (9) must be even with diffusion.complementary: true",
+        ),
         ({"run__seed": -1}, "run.seed is -1"),
         ({"run__seed": 2**64}, "it must be below 2**64"),
         ({"run__directory": " "}, "run.directory is empty"),
@@ -249,6 +261,11 @@ def test_derived_values():
     assert parallel.model_parallel_size == 6
     assert data_parallel_size(Config(parallel=parallel), 12) == 2
     assert data_parallel_size(Config(parallel=parallel), None) is None
+    paired = Config()
+    paired.diffusion.complementary = True
+    assert (Config().rows_per_sequence, paired.rows_per_sequence) == (1, 2)
+    paired.model.objective = "autoregressive"
+    assert paired.rows_per_sequence == 1
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):

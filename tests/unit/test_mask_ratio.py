@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from megatron_dlm.diffusion.objective import Batch
 from megatron_dlm.model.transformer import TokenLosses
+from megatron_dlm.training.batches import MicroBatch
 from megatron_dlm.training.mask_ratio import means_by_mask_ratio, sums_by_mask_ratio
+from megatron_dlm.training.step import _training_output
 
 
 def test_sums_are_those_of_a_loop_and_padding_counts_for_nothing() -> None:
@@ -21,6 +24,7 @@ def test_sums_are_those_of_a_loop_and_padding_counts_for_nothing() -> None:
     padding = 7
     rows = torch.cat([rows, torch.full((padding,), size * seq)])
     weights = torch.cat([torch.rand(len(rows) - padding) + 0.1, torch.zeros(padding)])
+    weights[:9:4] = 0.0  # scored, but their loss is not computed
     entropy, correct = torch.rand(len(rows)), torch.rand(len(rows)) < 0.5
     batch = Batch(
         inputs=torch.zeros(size, seq, dtype=torch.long),
@@ -29,6 +33,7 @@ def test_sums_are_those_of_a_loop_and_padding_counts_for_nothing() -> None:
         weights=weights,
         sample_index=(rows // seq).clamp(max=size - 1),
         num_eligible=71,
+        divisor=torch.tensor(40),
         lengths=lengths,
     )
     expected = [[0.0] * 10 for _ in range(3)]
@@ -37,9 +42,15 @@ def test_sums_are_those_of_a_loop_and_padding_counts_for_nothing() -> None:
         ratio = int(masked[sample].sum()) / int(lengths[sample])
         bucket = min(int(ratio * 10), 9)
         for sums, value in zip(expected, (1.0, float(entropy[i]), float(correct[i])), strict=True):
-            sums[bucket] += value
-    got = sums_by_mask_ratio(batch, TokenLosses(torch.tensor(0.0), entropy, correct))
+            sums[bucket] += value * bool(weights[i])
+    losses = TokenLosses(torch.tensor(6.5), entropy, correct)
+    got = sums_by_mask_ratio(batch, losses)
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
+    micro_batch = MicroBatch(np.arange(size), batch.inputs, lengths, batch)
+    loss_sum, divisor, report = _training_output(micro_batch, losses)
+    assert loss_sum is losses.loss_sum and divisor.dtype == torch.int32 and int(divisor) == 40
+    assert report[:4].tolist() == [6.5, 40, 71, len(rows) - padding]
+    assert torch.equal(report[4:], got.flatten())
     means = means_by_mask_ratio(got.tolist())
     assert means["loss_by_mask_ratio"].count(None) == sum(n == 0 for n in expected[0]) > 0
     assert 0 < means["accuracy_by_mask_ratio"][9] < 1

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from dlm_kernels import noise_levels
 from dlm_kernels.noise_levels import draw, linear_count, linear_threshold
-from dlm_kernels.philox import MASK32, Purpose
+from dlm_kernels.philox import MASK32, Purpose, Stream
 from dlm_kernels.types import NoiseMode
 
 MODES = get_args(NoiseMode)
@@ -69,6 +70,23 @@ def test_every_row_is_uniform_and_alternating_difficulty_is_unbiased(mode: Noise
         per_step = (difficulty * counts / eligible).sum(1) / difficulty.sum()
         true = (eligible + 1) / (2 * eligible)
         assert abs(per_step.mean() - true) < 5 * max(per_step.std(), 1e-9) / np.sqrt(steps) + 1e-12
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_without_permutation_and_flip_an_alternating_set_would_be_biased(
+    keyed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even rows cost nothing, odd rows the square of their level: the mean over them must be 1/3."""
+    if not keyed:
+        bits = noise_levels.random_bits
+        monkeypatch.setattr(noise_levels, "permute", lambda index, *_: index)
+        monkeypatch.setattr(
+            noise_levels, "random_bits", lambda seed, stream, *rest: bits(seed, stream, *rest) * (stream != Stream.FLIP)
+        )
+    loss = np.array([((levels("stratified_antithetic", s, 8)[1::2] / 2**32) ** 2).mean() for s in range(400)])
+    error = loss.std() / np.sqrt(len(loss))
+    assert bool(abs(loss.mean() - 1 / 3) < 5 * error) is keyed
+    assert keyed or abs(loss.mean() * 3 - 1) > 0.1
 
 
 def test_stratification_reduces_the_variance_of_the_mean_level() -> None:

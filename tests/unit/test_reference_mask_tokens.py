@@ -176,11 +176,30 @@ def test_capacity_overflow_is_flagged_and_keeps_the_first_rows() -> None:
         assert torch.equal(short.rows, exact.rows[:-missing]) and torch.equal(short.targets, exact.targets[:-missing])
 
 
+@pytest.mark.parametrize("masking", ["exact_count", "bernoulli"])
+def test_complement_masks_the_eligible_tokens_that_would_have_stayed(masking: str) -> None:
+    tokens, ids = example()
+    eligible = torch.from_numpy(np.random.default_rng(1).random((8, 37)) < 0.7)
+    # From none to all of the eligible tokens, or to a probability of 1.
+    levels = torch.arange(8) * eligible.sum(1) // 7 if masking == "exact_count" else torch.arange(8) * 2**32 // 7
+    given: dict[str, Any] = {"levels": levels, "weights": torch.arange(8) + 1.0}
+    complement = torch.tensor([True, True, False, True, False, True, True, False])
+    plain = mask(tokens, ids, masking=masking, eligible=eligible, **given)
+    result = mask(tokens, ids, masking=masking, eligible=eligible, complement=complement, **given)
+    was, now = plain.tokens == MASK_ID, result.tokens == MASK_ID
+    assert torch.equal(now, torch.where(complement[:, None], eligible & ~was, was))
+    assert torch.equal(result.rows.long(), now.view(-1).nonzero().view(-1))
+    assert torch.equal(result.targets, tokens[now])
+    assert torch.equal(result.weights, (torch.arange(8) + 1.0)[result.rows.long() // 37])
+
+
 def test_wrong_arguments_are_refused() -> None:
     tokens, ids = example()
     given = level_tensors([1] * 8)
     for options in ({}, {"draw": DRAW, **given}, {"levels": given["levels"]}, {"weights": given["weights"]}):
         with pytest.raises(ValueError, match="either draw, or levels and weights"):
             mask(tokens, ids, **options)
+    with pytest.raises(ValueError, match="levels and weights where it is given a complement"):
+        mask(tokens, ids, draw=DRAW, complement=torch.zeros(8, dtype=torch.bool))
     with pytest.raises(ValueError, match="too long"):
         mask(torch.zeros(1, 1, dtype=torch.int64).expand(1, 2**22), ids[:1], **level_tensors([1]))
