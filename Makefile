@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python -m
 DEMO := runs/demo
 
-.PHONY: help demo test parity test-py312 lint types clean
+.PHONY: help demo test parity exactness test-py312 lint types clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: lint types  ## Build the environment, check style and types, run all tests
 
 parity: $(STAMP)  ## Print the whole table of layouts against one process (minutes)
 	OMP_NUM_THREADS=1 $(RUN) pytest tests/distributed/test_parity.py -s -m 'slow or not slow'
+
+exactness: $(STAMP)  ## Print how resumed and resharded runs differ from straight ones (minutes)
+	OMP_NUM_THREADS=1 $(RUN) pytest tests/distributed/test_resume.py -s -m 'slow or not slow'
 
 test-py312:  ## The same with Python 3.12 and the newest supported megatron-core
 	$(MAKE) test PYTHON=$(PYTHON312) VENV=.venv312

@@ -15,7 +15,7 @@ setup(
         "torch>=2.9",
         "megatron-core>=0.16.1,<0.20",
         "numpy>=1.26",
-        "psutil>=5.9",  # without it the writers of megatron-core's checkpoints die and the save hangs
+        "psutil>=5.9",
         "pyyaml>=6.0",
         "jsonargparse[signatures]>=4.49",
         "sentencepiece>=0.2.0",

@@ -19,8 +19,10 @@ import torch
 import torch.distributed as dist
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *args: Any, timeout: float = 240.0) -> Any:
-    """Call ``function(*args)`` on every rank. Raises with the first failing rank's traceback, or on a time-out."""
+def start_ranks(
+    function: Callable[..., Any], world_size: int, folder: Path, *args: Any
+) -> list[multiprocessing.process.BaseProcess]:
+    """Start ``function(*args)`` on every rank; rank 0's result is left in ``folder``, and errors are too."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -31,6 +33,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *args
     ]
     for process in ranks:
         process.start()
+    return ranks
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *args: Any, timeout: float = 240.0) -> Any:
+    """Call ``function(*args)`` on every rank. Raises with the first failing rank's traceback, or on a time-out."""
+    ranks = start_ranks(function, world_size, folder, *args)
     deadline = time.monotonic() + timeout
     try:
         while any(process.is_alive() for process in ranks):

@@ -6,20 +6,16 @@ Supported: 0.16.1 (the newest for Python 3.11) up to, not including, 0.20.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-
-_FORMAT = ("torch_dist", 1)
 
 
 def wrap_data_parallel(
@@ -38,25 +34,6 @@ def gradients_for_norm(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
     if hasattr(optimizer, "get_grads_for_grad_norm"):
         return optimizer.get_grads_for_grad_norm()
     return optimizer.get_main_grads_for_grad_norm()
-
-
-def save_sharded(state: dict[str, Any], directory: str, metadata: dict[str, Any]) -> None:
-    """Write a sharded state dict to an existing, empty ``directory``; collective, returns when written.
-
-    0.16 takes the format by name; 0.19 has one format and wants its asynchronous strategy named, since the
-    default needs another package (which it then recommends at every save).
-    """
-    parameters = inspect.signature(dist_checkpointing.save).parameters
-    extra: dict[str, Any] = {"async_strategy": "mcore"} if "async_strategy" in parameters else {}
-    if "common_strategy" in parameters:
-        extra["sharded_strategy"] = _FORMAT
-    with _only_errors("megatron.core.dist_checkpointing"):
-        dist_checkpointing.save(state, directory, content_metadata=metadata, **extra)
-
-
-def load_sharded(state: dict[str, Any], directory: str) -> dict[str, Any]:
-    """Read ``directory`` into the shape of the sharded state dict ``state``; collective."""
-    return dist_checkpointing.load(state, directory)
 
 
 def repair_adam_step_loading() -> None:

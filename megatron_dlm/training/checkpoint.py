@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import platform
 import shutil
+import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_dlm.config import Config, ConfigError
 from megatron_dlm.config_loading import dump_yaml, from_dict, read_yaml
 from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.data.tokenizer import Tokenizer
+from megatron_dlm.errors import TrainingError
 from megatron_dlm.model.initialization import CHECKPOINT_METADATA
-from megatron_dlm.parallel.compat import load_sharded, save_sharded
+from megatron_dlm.training import manifest
 from megatron_dlm.training.setup import Training
+from megatron_dlm.training.sharded_state import read_sharded, write_sharded
 
 # Optimizer state in terms of whole parameters: any layout may load what another has saved.
 _METADATA = {
@@ -27,7 +33,7 @@ _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
 }
-_INFO = "checkpoint.json"
+_INFO, _CONFIG = "checkpoint.json", "config.yaml"
 # What defines the trajectory: a resumed run must have the same values. Layout, precision, schedule and
 # intervals may change.
 _BINDING = (
@@ -41,76 +47,130 @@ _BINDING = (
 )
 
 
-def save(training: Training, *, step: int) -> Path:
-    """Write the state after ``step`` completed steps; collective. Returns the checkpoint's directory.
+class Progress(NamedTuple):
+    """How far a run has come."""
 
-    The directory appears under its name only when it is complete. Older checkpoints beyond
-    ``checkpoint.keep`` are removed last.
+    step: int
+    """Completed steps."""
+    skipped: int
+    """Those of them that were skipped, because their gradient was not finite."""
+
+    def after(self, *, applied: bool) -> Progress:
+        """One step further."""
+        return Progress(self.step + 1, self.skipped + (not applied))
+
+
+def save(training: Training, progress: Progress) -> Path:
+    """Write the state after ``progress.step`` completed steps; collective. Returns the checkpoint's directory.
+
+    Written beside, described by a manifest, renamed into place; then ``latest`` moves, and last the checkpoints beyond
+    ``checkpoint.keep`` are removed. Whenever the run is killed, ``latest`` names a complete checkpoint.
+
+    Raises:
+        TrainingError: it could not be written, for want of space, say; on all ranks. What had been written is removed,
+            older checkpoints are untouched.
     """
     root = checkpoint_root(training.config)
-    final, partial = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
-    if dist.get_rank() == 0:
-        for leftover in root.glob(".step-*.partial*"):  # of saves that were killed
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    save_sharded(_state(training, step, is_loading=False), str(partial), _METADATA)
-    if dist.get_rank() == 0:
-        _write_description(training, partial, step)
-        if final.exists():  # of a branch that was given up; kept until the new one is in place
-            os.rename(final, root / f".{final.name}.partial.old")
-        os.rename(partial, final)
-        _point_latest(root, final.name)
-        _prune(root, final, keep=training.config.checkpoint.keep)
-    dist.barrier()
+    final, partial = root / f"step-{progress.step:08d}", root / f".step-{progress.step:08d}.partial"
+    try:
+        _on_rank_zero(lambda: _begin(root, partial))
+        own = write_sharded(_state(training, progress, is_loading=False), partial, _METADATA)
+        records: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(records, own)
+        known = {name: record for part in records for name, record in part.items()}
+        _on_rank_zero(lambda: _describe(training, progress, partial, known))
+        _on_rank_zero(lambda: _commit(root, partial, final, keep=training.config.checkpoint.keep))
+    except (OSError, CheckpointException) as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingError(
+            f"cannot write checkpoint {final}: {_cause(error)}; make room or choose another run.directory; the same "
+            "command then continues from the checkpoint before"
+        ) from None
     return final
 
 
-def load(training: Training, directory: Path) -> int:
-    """Restore model and optimizer, at any layout; collective. Returns the number of completed steps."""
+def load(training: Training, directory: Path) -> Progress:
+    """Restore model and optimizer, at any layout; collective.
+
+    Raises:
+        TrainingError: the checkpoint cannot be read; on all ranks.
+    """
     for part in training.optimizer.parts:
         # torch's Adam has no state before its first step, and megatron's sharded state needs one to fill.
         part._init_optimizer_states_with_dummy_values()
-    state = load_sharded(_state(training, 0, is_loading=True), str(directory))
+    template = _state(training, Progress(0, 0), is_loading=True)
+    try:
+        state = read_sharded(template, directory)
+    except (OSError, CheckpointException, pickle.UnpicklingError) as error:
+        raise TrainingError(f"cannot read checkpoint {directory}: {_cause(error)}; restore or remove it") from None
     for index, chunk in enumerate(training.chunks):
         chunk.module.load_state_dict(state[f"model{index}"])
     training.optimizer.megatron.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    return Progress(int(state["step"]), int(state["skipped"]))
 
 
-def resumable(config: Config, tokenizer: Tokenizer, train_data: Dataset, *, steps: int) -> Path | None:
+def find(training: Training) -> Path | None:
+    """The checkpoint to continue from, with the content of all its files verified; collective.
+
+    Damaged ones are passed over and named on stderr, and ``latest`` is set back to the one that is found, so that the
+    next save replaces them. Raises ``ConfigError`` as ``resumable``.
+    """
+    config, dataset, topology = training.config, training.train_stream.dataset, training.topology
+    damaged: list[str] = []
+
+    def verify(directory: Path) -> str | None:
+        fault = _shared_fault(directory)
+        if fault:
+            damaged.append(f"checkpoint {directory} is damaged: {fault}")
+        return fault
+
+    found = resumable(config, training.tokenizer, dataset, steps=training.steps, verify=verify)
+    if found and damaged and topology.rank == 0:
+        print(f"megatron-dlm: warning: {'; '.join(damaged)}; continuing from {found.name}", file=sys.stderr, flush=True)
+        _point_latest(found.parent, found.name)
+    dist.barrier()
+    return found
+
+
+def check_sizes(directory: Path) -> str | None:
+    """Whether the checkpoint is complete, without reading its large files: a sentence about the first fault."""
+    fault = manifest.find_fault(directory, content=False)
+    return fault or manifest.find_fault(directory, [_INFO, _CONFIG])
+
+
+def resumable(
+    config: Config,
+    tokenizer: Tokenizer,
+    train_data: Dataset,
+    *,
+    steps: int,
+    verify: Callable[[Path], str | None] = check_sizes,
+) -> Path | None:
     """The checkpoint that a run of ``steps`` steps with ``config`` continues from; None for a fresh start.
 
-    The one that ``latest`` names, or the newest complete one. Raises ``ConfigError`` where the run directory has
-    checkpoints but must not be continued: another model, tokenizer, training data or seed, a run that is already
-    longer, or ``checkpoint.resume: never``.
+    The one that ``latest`` names, or the newest before it that has no fault. Raises ``ConfigError`` where the run
+    directory has checkpoints but must not be continued: none is sound, another model, tokenizer, training data or seed,
+    a run that is already longer, or ``checkpoint.resume: never``.
     """
     root = checkpoint_root(config)
-    checkpoints = list_checkpoints(root)
-    if not checkpoints:
+    candidates = _candidates(root)
+    if not candidates:
         return None
     if config.checkpoint.resume == "never":
         raise ConfigError(
             f"{root} already has checkpoints and checkpoint.resume is never; choose another run.directory, or auto"
         )
-    pointer = root / "latest"
-    named = root / pointer.read_text().strip() if pointer.exists() else checkpoints[-1]
-    latest = named if named in checkpoints else checkpoints[-1]
-    saved = from_dict(read_yaml(str(latest / "config.yaml")))
-    info = json.loads((latest / _INFO).read_text())
-    pairs = [(key, _lookup(saved, key), _lookup(config, key)) for key in _BINDING]
-    pairs.append(("the fingerprint of data.tokenizer", info["tokenizer_fingerprint"], tokenizer.fingerprint))
-    sources = _describe_sources(config, train_data)
-    pairs.append(("the list of (tokens, weight) of data.train", info["train_sources"], sources))
-    for key, before, now in pairs:
-        if before != now:
-            what = _first_difference(key, before, now)
-            raise ConfigError(f"{what}, which {latest} cannot continue; restore it or choose another run.directory")
-    if info["step"] > steps:
-        raise ConfigError(
-            f"{latest} is beyond the {steps} steps of this run; train longer or choose another run.directory"
-        )
-    return latest
+    faults = []
+    for directory in candidates:
+        if fault := verify(directory):
+            faults.append(f"{directory.name}: {fault}")
+        else:
+            _require_same_run(directory, config, tokenizer, train_data, steps)
+            return directory
+    raise ConfigError(
+        f"no checkpoint in {root} can be used ({'; '.join(faults)}); restore one, or choose another run.directory"
+    )
 
 
 def checkpoint_root(config: Config) -> Path:
@@ -118,28 +178,68 @@ def checkpoint_root(config: Config) -> Path:
     return Path(config.run.directory) / "checkpoints"
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints under ``root``, oldest first."""
-    return sorted(path for path in root.glob("step-*") if (path / _INFO).is_file())
+def _candidates(root: Path) -> list[Path]:
+    """What ``latest`` names and what is older, newest first; newer ones are of a branch that was given up."""
+    directories = sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
+    pointer = root / "latest"
+    latest = root / pointer.read_text().strip() if pointer.exists() else None
+    return directories[directories.index(latest) :] if latest in directories else directories
 
 
-def _state(training: Training, step: int, *, is_loading: bool) -> dict[str, Any]:
+def _require_same_run(directory: Path, config: Config, tokenizer: Tokenizer, train_data: Dataset, steps: int) -> None:
+    """Raise ``ConfigError`` where the configuration or the data contradicts the checkpoint."""
+    saved = from_dict(read_yaml(str(directory / _CONFIG)))
+    info = json.loads((directory / _INFO).read_text())
+    pairs = [(key, _lookup(saved, key), _lookup(config, key)) for key in _BINDING]
+    pairs.append(("the fingerprint of data.tokenizer", info["tokenizer_fingerprint"], tokenizer.fingerprint))
+    sources = _describe_sources(config, train_data)
+    pairs.append(("the list of (tokens, weight) of data.train", info["train_sources"], sources))
+    for key, before, now in pairs:
+        if before != now:
+            what = _first_difference(key, before, now)
+            raise ConfigError(f"{what}, which {directory} cannot continue; restore it or choose another run.directory")
+    if info["step"] > steps:
+        raise ConfigError(
+            f"{directory} is beyond the {steps} steps of this run; train longer or choose another run.directory"
+        )
+
+
+def _shared_fault(directory: Path) -> str | None:
+    """``manifest.find_fault`` with the reading shared among the ranks; collective, the same answer everywhere."""
+    try:
+        records = manifest.read(directory)
+        names = sorted(records, key=lambda name: records[name].size, reverse=True)
+        fault = manifest.find_fault(directory, names[dist.get_rank() :: dist.get_world_size()])
+    except ValueError as error:
+        fault = str(error)
+    faults: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    return next((fault for fault in faults if fault), None)
+
+
+def _state(training: Training, progress: Progress, *, is_loading: bool) -> dict[str, Any]:
     model = {
         f"model{index}": chunk.module.sharded_state_dict(metadata=_METADATA)
         for index, chunk in enumerate(training.chunks)
     }
     optimizer = training.optimizer.megatron.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
-    consumed = step * training.train_stream.global_batch_size
-    return {**model, "optimizer": optimizer, "step": step, "consumed_samples": consumed}
+    consumed = progress.step * training.train_stream.global_batch_size
+    return {**model, "optimizer": optimizer, **progress._asdict(), "consumed_samples": consumed}
 
 
-def _write_description(training: Training, directory: Path, step: int) -> None:
-    """The resolved configuration, the tokenizer and the versions; the marker of completeness comes last."""
-    (directory / "config.yaml").write_text(dump_yaml(training.config))
+def _begin(root: Path, partial: Path) -> None:
+    for leftover in root.glob(".step-*.partial*"):  # of saves that were killed
+        shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+
+
+def _describe(training: Training, progress: Progress, directory: Path, known: dict[str, manifest.FileRecord]) -> None:
+    """The resolved configuration, the tokenizer and the versions; the manifest makes it complete."""
+    (directory / _CONFIG).write_text(dump_yaml(training.config))
     training.tokenizer.save(directory / "tokenizer")
     info = {
-        "step": step,
-        "consumed_samples": step * training.train_stream.global_batch_size,
+        **progress._asdict(),
+        "consumed_samples": progress.step * training.train_stream.global_batch_size,
         "layout": str(training.topology),
         "tokenizer_fingerprint": training.tokenizer.fingerprint,
         "vocab_size": training.tokenizer.vocab_size,
@@ -152,26 +252,63 @@ def _write_description(training: Training, directory: Path, step: int) -> None:
         },
     }
     (directory / _INFO).write_text(json.dumps(info, indent=2) + "\n")
+    manifest.write(directory, known)
+
+
+def _commit(root: Path, partial: Path, final: Path, *, keep: int) -> None:
+    """Put the complete checkpoint in its place; ``latest`` names a complete one at every moment."""
+    current = set(_candidates(root))
+    obsolete = {path for path in root.glob("step-*") if path not in current or path == final}
+    for path in sorted(obsolete):
+        _remove(path)
+    os.rename(partial, final)
+    manifest.flush(root)
+    _point_latest(root, final.name)
+    for path in _candidates(root)[keep:]:
+        _remove(path)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a checkpoint so that a kill leaves nothing that looks like one."""
+    hidden = directory.with_name(f".{directory.name}.partial.old")
+    os.rename(directory, hidden)
+    shutil.rmtree(hidden)
+
+
+def _point_latest(root: Path, name: str) -> None:
+    temporary = root / ".latest.partial"
+    temporary.write_text(name + "\n")
+    manifest.flush(temporary)
+    os.replace(temporary, root / "latest")
+    manifest.flush(root)
+
+
+def _on_rank_zero(action: Callable[[], None]) -> None:
+    """Do something on rank 0 that all ranks wait for; collective. Its ``OSError`` is raised on all of them."""
+    failure: list[OSError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            failure = [error]
+    dist.broadcast_object_list(failure)
+    if failure[0]:
+        raise failure[0]
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong, in a line; torch's exception has the errors of all ranks."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _describe_sources(config: Config, train_data: Dataset) -> list[list[float]]:
     """[tokens, weight] of every source; with the seed they decide which sequence every sample id is."""
     weights = [source.weight for source in config.data.train]
     return [[tokens, weight] for tokens, weight in zip(train_data.source_tokens, weights, strict=True)]
-
-
-def _prune(root: Path, current: Path, *, keep: int) -> None:
-    """Remove what ``current`` makes obsolete: older checkpoints beyond ``keep``, newer ones of a branch given up."""
-    checkpoints = list_checkpoints(root)
-    place = checkpoints.index(current)
-    for path in [*checkpoints[: max(0, place + 1 - keep)], *checkpoints[place + 1 :], *root.glob(".step-*.old")]:
-        shutil.rmtree(path)
-
-
-def _point_latest(root: Path, name: str) -> None:
-    temporary = root / ".latest.partial"
-    temporary.write_text(name + "\n")
-    os.replace(temporary, root / "latest")
 
 
 def _lookup(config: Any, key: str) -> Any:
