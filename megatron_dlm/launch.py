@@ -28,6 +28,7 @@ import psutil
 from megatron_dlm.config import Config, ConfigError
 from megatron_dlm.config_loading import to_dict
 from megatron_dlm.data.errors import DataError
+from megatron_dlm.errors import TrainingError
 
 DONE, FAILED, INVALID, STOPPED = 0, 1, 2, 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -313,10 +314,11 @@ def _ended(end: SystemExit) -> Outcome:
 
 
 def _report(error: BaseException | None, prefix: str = "") -> Outcome:
-    """Print ``error``, in one line if it is the user's to correct, else with its traceback."""
-    if isinstance(error, ConfigError | DataError):
+    """Print ``error``, in one line if its message says all that there is to say, else with its traceback."""
+    invalid = isinstance(error, ConfigError | DataError)
+    if invalid or isinstance(error, TrainingError):
         print(f"megatron-dlm: error: {prefix}{error}", file=sys.stderr, flush=True)
-        return Outcome(INVALID, str(error))
+        return Outcome(INVALID if invalid else FAILED, str(error))
     text = "".join(traceback.format_exception(error))
     print(f"{prefix}{text}", file=sys.stderr, end="", flush=True)
     return Outcome(FAILED, text.rstrip().rpartition("\n")[2])

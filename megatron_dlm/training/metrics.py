@@ -7,6 +7,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,12 @@ def training_flops(
     """FLOPs of forward and backward, without recomputation.
 
     3 x forward of: 2 per non-embedding parameter and token; attention 4 * seq * heads * head_dim per token and
-    layer (half of it when causal); the LM head on the rows that are computed.
+    layer (half of it when causal); the LM head on the rows and columns that are computed.
+
+    Args:
+        tokens: that go through the layers.
+        head_rows: tokens that are scored.
+        vocab_size: columns of the head; those that only pad the vocabulary are never computed.
     """
     width = model.num_attention_heads * model.resolved_head_dim
     attention = 4.0 * sequence_length * width * model.num_layers
@@ -107,12 +113,13 @@ def format_line(record: dict[str, Any], *, steps: int) -> str:
 
 
 def averaged(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last record with the mean loss and the rates of all of them."""
+    """The last record with the mean loss (of the steps that had one) and the rates of all of them."""
     last, seconds = records[-1], statistics.fmean(record["step_seconds"] for record in records)
     scale = last["step_seconds"] / seconds
     rates = ("tokens_per_second_per_device", "tflops_per_device", "mfu")
     mean = {key: None if last[key] is None else last[key] * scale for key in rates}
-    return last | mean | {"loss": statistics.fmean(record["loss"] for record in records)}
+    losses = [record["loss"] for record in records if math.isfinite(record["loss"])]
+    return last | mean | {"loss": statistics.fmean(losses) if losses else math.nan}
 
 
 class Reporter:
@@ -121,16 +128,24 @@ class Reporter:
     def __init__(self, config: Config, *, active: bool, steps: int, first_step: int) -> None:
         self.active = active
         self.steps = steps
+        self.flops_before: float | None = None if first_step else 0.0
+        """``training_flops`` on record after ``first_step`` steps; None where that is not known."""
         if not active:
             return
         directory = Path(config.run.directory)
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
-        self._evaluated = _drop_after(path, first_step)
+        self._evaluated: set[int] = set()
+        for record in _drop_after(path, first_step):
+            if "valid_nelbo" in record:
+                self._evaluated.add(record["step"])
+            elif record["step"] == first_step:
+                self.flops_before = record.get("training_flops")
         self._recent: list[dict[str, Any]] = []
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._board = _tensorboard(directory / "tensorboard", first_step)
         self._likelihood = likelihood_name(config.model)
+        self._at_most = "<= " if self._likelihood == "NELBO" else ""
         self._bar: tqdm | None = None  # begins with the first step, below the banner
 
     def step(self, record: dict[str, Any], *, show: bool) -> None:
@@ -159,8 +174,9 @@ class Reporter:
             self._write(record)
         self.say(
             f"step {record['step']}/{self.steps} | valid {self._likelihood} {record['valid_nelbo']:.4f} +- "
-            f"{record['valid_nelbo_ci95']:.4f} nats/tok | {record['valid_bits_per_byte']:.4f} bits/byte | "
-            f"unigram {record['valid_unigram']:.4f} nats/tok"
+            f"{record['valid_nelbo_ci95']:.4f} nats/tok | {record['valid_bits_per_byte']:.4f} +- "
+            f"{record['valid_bits_per_byte_ci95']:.4f} bits/byte | perplexity {self._at_most}"
+            f"{record['valid_perplexity_bound']:.5g} | unigram {record['valid_unigram']:.4f} nats/tok"
         )
 
     def say(self, line: str) -> None:
@@ -207,73 +223,89 @@ def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _drop_after(path: Path, first_step: int) -> set[int]:
+def _drop_after(path: Path, first_step: int) -> Iterator[dict[str, Any]]:
     """Forget records after the step that a resumed run continues from, so that no step stands twice.
 
-    Returns the steps whose evaluations are on record.
+    Yields the others; the file is replaced when the last one has been taken.
     """
     if not path.exists():
-        return set()
-    kept, evaluated = [], set()
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-            if record["step"] <= first_step:
-                kept.append(line)
-                evaluated |= {record["step"]} if "valid_nelbo" in record else set()
-        except (ValueError, KeyError):  # a line that a kill cut short
-            continue
+        return
     temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    with path.open(encoding="utf-8") as file, temporary.open("w", encoding="utf-8") as kept:
+        for line in file:
+            try:
+                record = json.loads(line)
+                keep = record["step"] <= first_step
+            except (ValueError, KeyError):  # a line that a kill cut short
+                continue
+            if keep:
+                kept.write(line.rstrip("\n") + "\n")
+                yield record
     temporary.replace(path)
-    return evaluated
 
 
 class Throughput:
     """Turns step reports into rates; one instance per run."""
 
-    def __init__(self, config: Config, *, padded_vocab_size: int, devices: int, steps: int, first_step: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        vocab_size: int,
+        devices: int,
+        steps: int,
+        first_step: int,
+        flops_before: float | None = None,
+    ) -> None:
+        """``flops_before`` are the FLOPs of the first ``first_step`` steps; None takes them to be like the next one."""
         self._config = config
-        self._vocab = padded_vocab_size
+        self._vocab = vocab_size
         self._devices = devices
-        self._remaining = steps - first_step
+        self._steps, self._first_step, self._done = steps, first_step, first_step
+        self._flops = flops_before
         self._tokens_per_step = config.train.global_batch_size * config.data.sequence_length
         self._mean: float | None = None
+        self._between = 0.0
         self._peak = peak_tflops()
-        self.restart()
+        self._last: float | None = None
 
     def restart(self) -> None:
-        """Start the clock of the next step."""
-        self._last = time.perf_counter()
+        """Start the clock of the next step; what came since the last one, evaluations say, only counts in the ETA."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self._between += now - self._last
+        self._last = now
 
     def after_step(self, scored_tokens: int) -> dict[str, float | None]:
         """Rates of the step that has just ended; its time runs from the last ``restart``."""
-        seconds = max(time.perf_counter() - self._last, 1e-9)
-        self._remaining -= 1
+        assert self._last is not None, "restart first"
+        now = time.perf_counter()
+        seconds, self._last = max(now - self._last, 1e-9), now
+        self._done += 1
         # A running mean that forgets the first step, which builds buffers and kernels.
         self._mean = seconds if self._mean is None else 0.9 * self._mean + 0.1 * seconds
-        model, seq = self._config.model, self._config.data.sequence_length
-
-        def tflops(head_rows: float) -> float:
-            flops = training_flops(
-                model,
-                tokens=self._tokens_per_step,
-                head_rows=head_rows,
-                sequence_length=seq,
-                vocab_size=self._vocab,
-            )
-            return flops / seconds / self._devices / 1e12
-
+        actual, nominal = self._step_flops(scored_tokens), self._step_flops(self._tokens_per_step)
+        self._flops = (self._first_step * actual if self._flops is None else self._flops) + actual
+        per_second = seconds * self._devices * 1e12
         used, total = memory_gib()
-        actual, nominal = tflops(scored_tokens), tflops(self._tokens_per_step)
         return {
+            "training_flops": self._flops,
             "tokens_per_second": self._tokens_per_step / seconds,
             "tokens_per_second_per_device": self._tokens_per_step / seconds / self._devices,
-            "tflops_per_device": actual,
-            "mfu": None if self._peak is None else actual / self._peak,
-            "mfu_nominal": None if self._peak is None else nominal / self._peak,
+            "tflops_per_device": actual / per_second,
+            "mfu": None if self._peak is None else actual / per_second / self._peak,
+            "mfu_nominal": None if self._peak is None else nominal / per_second / self._peak,
             "memory_gib": used,
             "memory_total_gib": total,
             "step_seconds": seconds,
-            "eta_seconds": self._remaining * self._mean,
+            "eta_seconds": (self._steps - self._done) * (self._mean + self._between / (self._done - self._first_step)),
         }
+
+    def _step_flops(self, head_rows: int) -> float:
+        return training_flops(
+            self._config.model,
+            tokens=self._tokens_per_step,
+            head_rows=head_rows,
+            sequence_length=self._config.data.sequence_length,
+            vocab_size=self._vocab,
+        )

@@ -102,16 +102,21 @@ class Optimizer:
         return Update(grad_norm, lr, applied=True)
 
     def _grad_norm(self) -> float:
-        """Global L2 norm, summed in fp64.
+        """Global L2 norm, summed in fp64; not finite where the gradient of any parameter on any rank is not.
 
         megatron's own norm sums in fp32 where apex is absent. On a CPU a matrix of a million elements then comes out
         1e-4 too small, and less so when it is sharded: the clipped gradient would depend on the layout.
+
+        A parameter of which several ranks have copies (norms, tied embeddings) counts once. The other copies are added
+        times zero: each rank updates its copy from its own gradient, which one faulty device spoils there alone.
         """
         total = 0.0
         for part in self.parts:
-            norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients_for_norm(part)]
-            zero = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
-            squares = torch.stack([zero, *norms]).square().sum()
+            counted = gradients_for_norm(part)
+            places = {gradient.data_ptr() for gradient in counted}
+            grads = [p.grad for p in part.get_parameters() if p.grad is not None]
+            copies = [gradient for gradient in grads if gradient.data_ptr() not in places]
+            squares = _sum_of_squares(counted) + 0.0 * _sum_of_squares(copies)
             dist.all_reduce(squares, group=part.get_grad_stats_parallel_group())
             total += float(squares)
         return math.sqrt(total)
@@ -120,3 +125,10 @@ class Optimizer:
         self._scheduler.num_steps = step
         self._scheduler.step(1)
         return float(self._scheduler.get_lr({}))
+
+
+def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """[] fp64, on the device."""
+    zero = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return torch.stack([zero, *norms]).square().sum()

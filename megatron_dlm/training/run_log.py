@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from megatron_dlm.config_loading import dump_yaml
+from megatron_dlm.errors import TrainingError
 from megatron_dlm.model.layer_spec import uses_transformer_engine
+from megatron_dlm.training.checkpoint import Progress
 from megatron_dlm.training.metrics import (
     Reporter,
     Throughput,
@@ -27,12 +29,12 @@ from megatron_dlm.training.step import StepReport
 class RunLog:
     """Collects what happens on all ranks and reports it on rank 0."""
 
-    def __init__(self, training: Training, *, first_step: int, resumed: Path | None) -> None:
+    def __init__(self, training: Training, progress: Progress, *, resumed: Path | None) -> None:
         config, active = training.config, training.topology.rank == 0
         self._training = training
-        self._first_step = first_step
+        self._first_step = first_step = progress.step
         self._started = time.perf_counter()
-        self._skipped = self._skipped_in_a_row = 0
+        self._skipped_in_a_row = 0
         self._evaluation: dict[str, Any] | None = None
         self._reporter = Reporter(config, active=active, steps=training.steps, first_step=first_step)
         if active:
@@ -41,25 +43,31 @@ class RunLog:
             self._reporter.say(line)
         self._throughput = Throughput(
             config,
-            padded_vocab_size=config.model.padded_vocab_size(training.tokenizer.vocab_size),
+            vocab_size=training.tokenizer.vocab_size,
             devices=training.topology.world_size,
             steps=training.steps,
             first_step=first_step,
+            flops_before=self._reporter.flops_before,
         )
+
+    def note(self, line: str) -> None:
+        """Print a line of the banner on rank 0."""
+        self._reporter.say(line)
 
     def restart_clock(self) -> None:
         """Do not count what was done since the last step as training time."""
         self._throughput.restart()
 
-    def step(self, done: int, report: StepReport) -> None:
-        """Record the step after which ``done`` steps are completed.
+    def step(self, progress: Progress, report: StepReport) -> None:
+        """Record the step that led to ``progress``.
 
-        Raises ``RuntimeError`` after more skipped steps in a row than ``train.max_skipped_steps``.
+        Raises ``TrainingError`` after more skipped steps in a row than ``train.max_skipped_steps``.
         """
         config, dataset = self._training.config, self._training.train_stream.dataset
+        done = progress.step
         samples = done * config.train.global_batch_size
         tokens = samples * config.data.sequence_length
-        self._skipped += not report.applied
+        sequences = samples // config.rows_per_sequence
         self._skipped_in_a_row = 0 if report.applied else self._skipped_in_a_row + 1
         record = {
             "step": done,
@@ -68,17 +76,17 @@ class RunLog:
             "lr": report.lr,
             "consumed_samples": samples,
             "consumed_tokens": tokens,
-            "epoch": dataset.epoch(samples),
-            "unique_tokens": min(tokens, dataset.unique_tokens),
+            "epoch": dataset.epoch(sequences),
+            "unique_tokens": min(sequences * config.data.sequence_length, dataset.unique_tokens),
             "accuracy": report.accuracy,
             "mask_ratio": report.scored_tokens / max(report.eligible_tokens, 1),
             **report.by_mask_ratio,
-            "skipped": self._skipped,
+            "skipped": progress.skipped,
             **self._throughput.after_step(report.scored_tokens),
         }
         self._reporter.step(record, show=done % config.train.log_interval == 0 or done == self._training.steps)
         if self._skipped_in_a_row > config.train.max_skipped_steps:
-            raise RuntimeError(
+            raise TrainingError(
                 f"{self._skipped_in_a_row} steps in a row had a non-finite gradient (now at step {done}); lower "
                 "optimizer.lr, or raise train.max_skipped_steps"
             )
@@ -88,9 +96,9 @@ class RunLog:
         self._evaluation = record
         self._reporter.evaluation(record)
 
-    def close(self, done: int, checkpoint: Path | None) -> None:
+    def close(self, progress: Progress, checkpoint: Path | None) -> None:
         """Close the files and print how the run ended and what to do next."""
-        training, say = self._training, self._reporter.say
+        training, say, done = self._training, self._reporter.say, progress.step
         self._reporter.close()
         took = format_duration(time.perf_counter() - self._started)
         finished = done == training.steps
@@ -98,7 +106,7 @@ class RunLog:
             say(f"finished   before, at step {done}; raise train.steps, or choose another run.directory")
         else:
             how = "finished  " if finished else "stopped   "
-            say(f"{how} at step {done}/{training.steps} after {took} | skipped {self._skipped}")
+            say(f"{how} at step {done}/{training.steps} after {took} | skipped {progress.skipped}")
         if self._evaluation:
             nelbo, unigram = self._evaluation["valid_nelbo"], self._evaluation["valid_unigram"]
             name = likelihood_name(training.config.model)
@@ -120,7 +128,7 @@ def banner(training: Training, resumed: Path | None) -> list[str]:
     vocab = training.tokenizer.vocab_size
     padded = config.model.padded_vocab_size(vocab)
     scored = 0.5 if config.model.objective == "masked_diffusion" else 1.0
-    flops = training_flops(config.model, tokens=1, head_rows=scored, sequence_length=seq, vocab_size=padded)
+    flops = training_flops(config.model, tokens=1, head_rows=scored, sequence_length=seq, vocab_size=vocab)
     gpu = topology.device.type == "cuda"
     device = torch.cuda.get_device_name() if gpu else "CPU"
     backend = "NCCL" if gpu else "gloo, megatron-core on the CPU backend"
@@ -137,7 +145,7 @@ def banner(training: Training, resumed: Path | None) -> list[str]:
         f"batch      {batch} x {seq} = {format_count(batch * seq)} tokens/step | "
         f"{stream.num_microbatches} x {stream.micro_batch_size} per rank",
         f"length     {training.steps} steps | {format_count(training.steps * batch * seq)} tokens | "
-        f"{dataset.epoch(training.steps * batch):.2f} epochs",
+        f"{dataset.epoch(training.steps * batch // config.rows_per_sequence):.2f} epochs",
         f"outputs    {config.run.directory}/{{metrics.jsonl,tensorboard,checkpoints}}",
     ]
     if resumed:

@@ -15,6 +15,8 @@ from megatron_dlm.evaluation.held_out import held_out_nelbo, unigram_cross_entro
 from megatron_dlm.parallel import topology as parallel
 from megatron_dlm.parallel.megatron_config import check_pass_through
 from megatron_dlm.training import checkpoint
+from megatron_dlm.training.checkpoint import Progress
+from megatron_dlm.training.dry_batch import dry_batch
 from megatron_dlm.training.resilience import EXIT_REQUEUE, StopSignal
 from megatron_dlm.training.run_log import RunLog
 from megatron_dlm.training.setup import Training, build, open_data, total_steps
@@ -48,25 +50,28 @@ def run_worker(config_dict: dict[str, Any]) -> None:
 def train(training: Training) -> bool:
     """Train to the last step, or until a stop signal; collective. Returns whether the run is finished."""
     config = training.config
-    saved = checkpoint.resumable(config, training.tokenizer, training.train_stream.dataset, steps=training.steps)
-    step = checkpoint.load(training, saved) if saved else 0
-    log = RunLog(training, first_step=step, resumed=saved)
+    saved = checkpoint.find(training)
+    progress = checkpoint.load(training, saved) if saved else Progress(step=0, skipped=0)
+    log = RunLog(training, progress, resumed=saved)
     evaluate = Evaluator(training)
     stopped = False
-    if saved and evaluate.is_due(step):  # a stop may have come between the save and the evaluation
-        log.evaluation(evaluate(step))
+    if progress.step < training.steps:
+        log.note(dry_batch(training, step=progress.step))
+    if saved and evaluate.is_due(progress.step):  # a stop may have come between the save and the evaluation
+        log.evaluation(evaluate(progress.step))
     with StopSignal(announce=training.topology.rank == 0) as stop:
-        while step < training.steps and not stopped:
+        while progress.step < training.steps and not stopped:
             log.restart_clock()
-            report = train_step(training, step=step, stop_requested=stop.requested)
-            step, stopped = step + 1, report.stop_requested
-            log.step(step, report)
-            if stopped or step == training.steps or step % config.checkpoint.interval == 0:
-                saved = checkpoint.save(training, step=step)
+            report = train_step(training, step=progress.step, stop_requested=stop.requested)
+            progress, stopped = progress.after(applied=report.applied), report.stop_requested
+            step, last = progress.step, progress.step == training.steps
+            log.step(progress, report)
+            if stopped or last or step % config.checkpoint.interval == 0:
+                saved = checkpoint.save(training, progress)
             if not stopped and evaluate.is_due(step):
                 log.evaluation(evaluate(step))
-    log.close(step, saved)
-    return step == training.steps
+    log.close(progress, saved)
+    return progress.step == training.steps
 
 
 class Evaluator:
@@ -89,11 +94,14 @@ class Evaluator:
         if self._unigram is None:
             counts = training.train_stream.dataset.unigram_counts(training.tokenizer.vocab_size)
             self._unigram = unigram_cross_entropy(counts, training.valid_stream.dataset.sequences(np.arange(count)))
+        bits_per_byte = 1 / math.log(2) / training.valid_stream.dataset.bytes_per_token
         return {
             "step": step,
             "valid_nelbo": result.nelbo,
             "valid_nelbo_ci95": result.ci95,
-            "valid_bits_per_byte": result.nelbo / math.log(2) / training.valid_stream.dataset.bytes_per_token,
+            "valid_bits_per_byte": result.nelbo * bits_per_byte,
+            "valid_bits_per_byte_ci95": result.ci95 * bits_per_byte,
+            "valid_perplexity_bound": math.exp(min(result.nelbo, 700.0)),  # beyond that the number overflows
             "valid_unigram": self._unigram,
             "valid_sequences": result.sequences,
         }

@@ -11,14 +11,22 @@ from typing import Any
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_dlm.cli import main
 from megatron_dlm.data.prepare import PrepareOptions, prepare
 from tests.runs import TINY
 
 ROOT = Path(__file__).parents[2]
-STEP_KEYS = {"step", "loss", "grad_norm", "lr", "tokens_per_second", "consumed_samples", "consumed_tokens", "epoch"}
-VALID_KEYS = {"step", "valid_nelbo", "valid_nelbo_ci95", "valid_unigram", "valid_bits_per_byte"}
+STEP_KEYS = set(
+    "step loss grad_norm lr consumed_samples consumed_tokens epoch unique_tokens accuracy mask_ratio skipped "
+    "loss_by_mask_ratio accuracy_by_mask_ratio training_flops tokens_per_second tokens_per_second_per_device "
+    "tflops_per_device mfu mfu_nominal memory_gib step_seconds eta_seconds".split()
+)
+VALID_KEYS = set(
+    "step valid_nelbo valid_nelbo_ci95 valid_bits_per_byte valid_bits_per_byte_ci95 valid_perplexity_bound "
+    "valid_unigram valid_sequences".split()
+)
 
 
 def run(*arguments: str, module: str = "megatron_dlm") -> subprocess.CompletedProcess[str]:
@@ -49,7 +57,7 @@ def test_train_continue_and_plot(config: Path) -> None:
     first = run("train", "--config", str(config), "--parallel.data_parallel_size", "2")
     assert first.returncode == 0, first.stderr
     directory = config.parent / "run"
-    assert "TP1-PP1-DP2 on 2 x CPU" in first.stdout
+    assert "TP1-PP1-DP2 on 2 x CPU" in first.stdout and "\ndry batch  ok in " in first.stdout
     assert "step 12/12 | loss " in first.stdout and " nats/tok | gnorm " in first.stdout
     assert "finished   at step 12/12" in first.stdout
     assert "Warning" not in first.stderr, "what a user cannot change is not worth a warning"
@@ -60,7 +68,11 @@ def test_train_continue_and_plot(config: Path) -> None:
     assert [record["step"] for record in valid] == [6, 12] and all(record.keys() >= VALID_KEYS for record in valid)
     assert steps[-1]["consumed_samples"] == 12 * 16 and steps[-1]["consumed_tokens"] == 12 * 16 * 32
     assert all(len(record["loss_by_mask_ratio"]) == 10 for record in steps)
-    assert list((directory / "tensorboard").glob("events*"))
+    board = EventAccumulator(str(directory / "tensorboard")).Reload()
+    lists = {f"{key}_by_mask_ratio/{i / 10:.1f}" for key in ("loss", "accuracy") for i in range(10)}
+    absent = {"step", "mfu", "mfu_nominal", "loss_by_mask_ratio", "accuracy_by_mask_ratio"}  # no MFU on a CPU
+    assert set(board.Tags()["scalars"]) >= (STEP_KEYS | VALID_KEYS | lists) - absent
+    assert [event.value for event in board.Scalars("valid_nelbo")] == pytest.approx([r["valid_nelbo"] for r in valid])
     assert json.loads((directory / "status.json").read_text())["exit_code"] == 0
     assert yaml.safe_load((directory / "config.yaml").read_text())["model"]["hidden_size"] == 64
 

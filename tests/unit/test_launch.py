@@ -20,6 +20,7 @@ import torch
 from megatron_dlm import launch
 from megatron_dlm.config import Config, ConfigError, ParallelConfig, RunConfig
 from megatron_dlm.data.errors import DataError
+from megatron_dlm.errors import TrainingError
 
 
 @pytest.fixture
@@ -88,10 +89,6 @@ def fail_together(config: dict) -> None:
     note(config, "")
     wait_for(config, 2)
     raise RuntimeError("the cause")
-
-
-def bad_data(config: dict) -> None:
-    raise DataError("x.bin is truncated; prepare it again")
 
 
 def killed(config: dict) -> None:
@@ -196,11 +193,15 @@ def test_a_failure_is_shown_once_and_ends_the_others(config, capfd, fn):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_user_error_in_workers_is_one_line(config, capfd, world_size):
-    assert launch.launch(bad_data, config, world_size) == 2
-    error = capfd.readouterr().err
-    assert error.count("\n") == 1 and error.endswith("x.bin is truncated; prepare it again\n")
-    assert status(config)["exit_code"] == 2
+@pytest.mark.parametrize(("error", "code"), [(DataError("x is truncated"), 2), (TrainingError("x diverges"), 1)])
+def test_an_error_that_says_all_is_one_line(config, capfd, world_size, error, code):
+    def fn(mapping: dict) -> None:
+        raise error
+
+    assert launch.launch(fn, config, world_size) == code
+    printed = capfd.readouterr().err
+    assert printed.count("\n") == 1 and printed.endswith(f"{error}\n")
+    assert status(config) == {"exit_code": code, "reason": str(error)}
 
 
 def test_a_killed_worker_is_named(config, capfd):

@@ -5,13 +5,29 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dlm.config import ModelConfig
 from megatron_dlm.evaluation.held_out import summarize, unigram_cross_entropy
-from megatron_dlm.training.metrics import Reporter, format_count, format_duration, parameter_count, training_flops
+from megatron_dlm.parallel.topology import initialize
+from megatron_dlm.training import metrics
+from megatron_dlm.training.metrics import (
+    Reporter,
+    Throughput,
+    averaged,
+    format_count,
+    format_duration,
+    parameter_count,
+    training_flops,
+)
+from megatron_dlm.training.setup import build
+from megatron_dlm.training.step import accumulate_gradients
 from tests.runs import tiny_config
 
 PAPER_1B = dict(num_layers=26, hidden_size=1792, num_attention_heads=14, ffn_hidden_size=4736, qk_norm=False)
@@ -35,6 +51,74 @@ def test_flops_are_three_forwards_with_the_head_on_computed_rows() -> None:
     causal = ModelConfig(**PAPER_1B, objective="autoregressive")
     half = training_flops(causal, tokens=1, head_rows=0, sequence_length=2048, vocab_size=50304)
     assert flops - half == 3 * 2 * 2048 * 1792 * 26
+
+
+@pytest.mark.parametrize("objective", ["masked_diffusion", "autoregressive"])
+def test_flops_are_those_that_torch_counts(objective: str, tiny_data: Path) -> None:
+    """To the last one, but for two terms of the convention, which are added here.
+
+    The convention counts the weights of the norms like those of matrices, and half of causal attention; torch counts
+    only matrix products, and its MATH backend (the only one it counts on a CPU) also computes the half that is masked.
+    """
+    config = tiny_config(tiny_data, model={"objective": objective}, diffusion={"random_length_probability": 0.0})
+    training = build(config, initialize(config.parallel))
+    model, stream, seq, tokens = config.model, training.train_stream, 32, 2 * 2 * 32
+
+    def in_place(total: Any, left: Any, right: Any, **unused: Any) -> int:  # of shapes; torch has forgotten this one
+        return 2 * left[0] * left[1] * right[1]
+
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        accumulate_gradients(training, lambda reads: stream.training(0, reads_tokens=reads), step=0, num_microbatches=2)
+    batches = [micro_batch.batch for micro_batch in stream.training(0, reads_tokens=True)][:2]
+    head_rows = sum(len(batch.targets) for batch in batches)
+    assert head_rows == tokens if objective == "autoregressive" else 0 < head_rows < tokens
+    formula = training_flops(
+        model, tokens=tokens, head_rows=head_rows, sequence_length=seq, vocab_size=training.tokenizer.vocab_size
+    )
+    norms = model.num_layers * 2 * (model.hidden_size + model.resolved_head_dim) + model.hidden_size
+    masked_half = 2 * seq * model.hidden_size * model.num_layers if objective == "autoregressive" else 0
+    assert counter.get_total_flops() == formula + 3 * (masked_half - 2 * norms) * tokens
+    assert 2 * norms * tokens < 0.01 * formula, "the first term is small even here"
+
+
+def test_rates_and_flops_of_a_run_and_of_its_continuation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(metrics, "peak_tflops", lambda: 1e-3)
+    config = tiny_config(tmp_path)
+    tokens = 16 * 32
+    step_flops = training_flops(config.model, tokens=tokens, head_rows=200, sequence_length=32, vocab_size=300)
+    nominal = training_flops(config.model, tokens=tokens, head_rows=tokens, sequence_length=32, vocab_size=300)
+
+    def steps(count: int, **settings: float | None) -> list[dict[str, float | None]]:
+        rates = Throughput(config, vocab_size=300, devices=2, steps=10, **settings)  # type: ignore[arg-type]
+        records = []
+        for _ in range(count):
+            rates.restart()
+            clock[0] += 0.5
+            records.append(rates.after_step(200))
+            clock[0] += 1.5  # an evaluation
+        return records
+
+    first, second = steps(2, first_step=0, flops_before=0.0)
+    assert second["training_flops"] == 2 * step_flops == 2 * first["training_flops"]
+    assert second["tokens_per_second"] == 2 * tokens == 2 * second["tokens_per_second_per_device"]
+    assert second["tflops_per_device"] == pytest.approx(step_flops / 0.5 / 2 / 1e12)
+    assert second["mfu"] == pytest.approx(step_flops / 0.5 / 2 / 1e12 / 1e-3)
+    assert second["mfu_nominal"] == pytest.approx(nominal / 0.5 / 2 / 1e12 / 1e-3)
+    assert second["eta_seconds"] == pytest.approx(8 * (0.5 + 1.5 / 2)), "evaluations take time too"
+    (continued,) = steps(1, first_step=2, flops_before=second["training_flops"])
+    (estimated,) = steps(1, first_step=2, flops_before=None)
+    assert continued["training_flops"] == estimated["training_flops"] == 3 * step_flops
+    assert continued["eta_seconds"] == pytest.approx(7 * 0.5)
+
+
+def test_a_line_averages_the_steps_that_had_a_loss() -> None:
+    record = {"step_seconds": 1.0, "tokens_per_second_per_device": 8.0, "tflops_per_device": 1.0, "mfu": None}
+    records = [record | {"loss": loss} for loss in (2.0, math.nan, 4.0)]
+    assert averaged(records)["loss"] == 3.0
+    assert math.isnan(averaged(records[1:2])["loss"])
 
 
 @pytest.mark.parametrize(("value", "text"), [(950, "950"), (61234, "61.2k"), (1.07e6, "1.07M"), (8.19e9, "8.19B")])
@@ -70,13 +154,16 @@ def test_resumed_metrics_hold_every_step_once(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, run={"directory": str(tmp_path / "run")})
     record = {"loss": 1.0, "grad_norm": 1.0, "lr": 1e-3}
     reporter = Reporter(config, active=True, steps=4, first_step=0)
+    assert reporter.flops_before == 0.0
     for step in (1, 2, 3):
-        reporter.step({"step": step, **record}, show=False)
+        reporter.step({"step": step, **record, "training_flops": 5.0 * step}, show=False)
     reporter.close()
     metrics = tmp_path / "run" / "metrics.jsonl"
     with metrics.open("a") as file:
         file.write('{"step": 4, "lo')  # a kill in the middle of a line
+    assert Reporter(config, active=False, steps=4, first_step=2).flops_before is None
     again = Reporter(config, active=True, steps=4, first_step=2)
+    assert again.flops_before == 10.0
     again.step({"step": 3, **record}, show=False)
     again.close()
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3]

@@ -1,0 +1,132 @@
+"""`megatron-dlm train` on two processes and a stop signal: what is saved, how it ends, and that nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_dlm.cli import main
+from tests.runs import TINY
+
+ROOT = Path(__file__).parents[2]
+STEPS = 40
+# What a step says about itself and not about the machine.
+TRAJECTORY = "step loss grad_norm lr epoch skipped accuracy loss_by_mask_ratio training_flops".split()
+
+
+class Run:
+    """A run directory, and the command that starts and continues its run."""
+
+    def __init__(self, folder: Path, data: Path, **train: Any) -> None:
+        self.directory = folder / "run"
+        tree: dict[str, Any] = {name: dict(values) for name, values in TINY.items()}
+        tree["run"]["directory"] = str(self.directory)
+        tree["data"] |= {"train": [{"path": str(data / "train")}], "valid": [{"path": str(data / "valid")}]}
+        tree["train"] |= {"steps": STEPS, "log_interval": 20, **train}
+        tree["evaluate"] = {"interval": 20, "sequences": 8}
+        tree["checkpoint"] = {"interval": 1000 if train == {} else 1}
+        folder.mkdir(exist_ok=True)
+        self.config = folder / "config.yaml"
+        self.config.write_text(yaml.safe_dump(tree))
+
+    def start(self, processes: int = 2) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "megatron_dlm", "train", "--config", str(self.config)]
+        command += ["--parallel.data_parallel_size", str(processes)]
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def wait_for(self, process: subprocess.Popen[str], count: int) -> None:
+        """Return when ``count`` steps are on record."""
+        until = time.monotonic() + 60
+        while len(self.steps()) < count:
+            assert process.poll() is None and time.monotonic() < until, process.communicate()
+            time.sleep(0.005)
+
+    def steps(self) -> list[dict[str, Any]]:
+        path = self.directory / "metrics.jsonl"
+        whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+        return [{key: r[key] for key in TRAJECTORY} for r in map(json.loads, whole) if "loss" in r]
+
+    def evaluations(self) -> list[tuple[int, float]]:
+        records = map(json.loads, (self.directory / "metrics.jsonl").read_text().splitlines())
+        return [(r["step"], r["valid_nelbo"]) for r in records if "valid_nelbo" in r]
+
+    def saved_step(self) -> int:
+        root = self.directory / "checkpoints"
+        latest = root / (root / "latest").read_text().strip()
+        return int(json.loads((latest / "checkpoint.json").read_text())["step"])
+
+    def status(self) -> dict[str, Any]:
+        return json.loads((self.directory / "status.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Run:
+    run = Run(tmp_path_factory.mktemp("uninterrupted"), tiny_data)
+    process = run.start()
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    return run
+
+
+def test_a_run_stopped_twice_is_the_run_that_was_not(uninterrupted: Run, tiny_data: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path, tiny_data)
+    stopped_at = 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = run.start()
+        run.wait_for(process, stopped_at + 5)
+        process.send_signal(number)
+        output, error = process.communicate(timeout=60)
+        assert process.returncode == 75, error
+        assert "stopping after this step, and saving" in error and "Traceback" not in error
+        assert f"stopped    at step {run.saved_step()}/{STEPS}" in output
+        assert "the same command continues the run" in output
+        assert run.status() == {"exit_code": 75, "reason": "stopped by a signal; a checkpoint is saved"}
+        # Every rank has saved this step, and none has trained beyond it: the whole of it is loaded below.
+        assert stopped_at + 5 <= run.saved_step() == len(run.steps()) < STEPS
+        stopped_at = run.saved_step()
+    process = run.start()
+    output, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert f"step-{stopped_at:08d}" in output and f"finished   at step {STEPS}/{STEPS}" in output
+    assert run.steps() == uninterrupted.steps() and len(run.steps()) == STEPS
+    assert run.evaluations() == uninterrupted.evaluations() and len(run.evaluations()) == 2
+
+
+def test_a_second_signal_ends_the_run_at_once(tiny_data: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path, tiny_data, global_batch_size=512)  # steps of seconds, which the second signal cuts short
+    process = run.start()
+    run.wait_for(process, 1)
+    while not (run.directory / "checkpoints" / "latest").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr is not None
+    while "stopping after this step" not in process.stderr.readline():
+        assert process.poll() is None
+    second = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert time.monotonic() - second < 10
+    assert process.returncode == 1
+    assert run.status()["reason"] == "stopped by a second signal before a checkpoint was saved"
+    assert run.saved_step() == 1
+    assert not list((run.directory / "checkpoints").glob(".*partial*"))
+    assert (
+        main(
+            ["train", "--config", str(run.config), "--train.steps", "2", "--optimizer.warmup_steps", "1"]
+            + ["--optimizer.decay_steps", "1"]
+        )
+        == 0
+    )
+    assert run.saved_step() == 2
