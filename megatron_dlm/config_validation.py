@@ -12,7 +12,7 @@ from megatron_dlm.config import Config, ConfigError, DiffusionConfig
 MAX_SEQUENCE_LENGTH = 2**22 - 1
 # Mask thresholds are 32-bit integers; eps keeps its share of them exact up to here.
 MAX_EPS = 0.25
-# The ELBO is an integral over all mask probabilities; a geometric schedule may leave out so much of it at its ends.
+# The ELBO is an integral over all mask probabilities; a schedule may leave out so much of it at its ends.
 MAX_LEFT_OUT = 0.01
 
 _POSITIVE = (
@@ -79,12 +79,34 @@ def check_diffusion(diffusion: DiffusionConfig) -> None:
         raise ConfigError(
             f"diffusion.complementary: true needs diffusion.masking exact_count, not {diffusion.masking}; change either"
         )
-    left_out = -math.expm1(-diffusion.sigma_min) + math.exp(-diffusion.sigma_max)
-    if left_out > MAX_LEFT_OUT:
+    if diffusion.schedule == "polynomial" and not 0.1 <= diffusion.polynomial_exponent <= 10:
         raise ConfigError(
-            f"diffusion.sigma_min ({diffusion.sigma_min:g}) to diffusion.sigma_max ({diffusion.sigma_max:g}) leave out "
-            f"{left_out:.0%} of the mask probabilities, of which the loss needs all; lower sigma_min or raise sigma_max"
+            f"diffusion.polynomial_exponent is {diffusion.polynomial_exponent:g}; with less than 0.1 or more than 10 "
+            "nearly all noise levels are at one end"
         )
+    if diffusion.schedule == "geometric" and not 1e-8 <= diffusion.sigma_min < diffusion.sigma_max <= 1e3:
+        raise ConfigError(
+            f"diffusion.sigma_min ({diffusion.sigma_min:g}) and diffusion.sigma_max ({diffusion.sigma_max:g}) must be "
+            "in ascending order between 1e-8 and 1000"
+        )
+    if (left_out := _left_out(diffusion)) > MAX_LEFT_OUT:
+        keys = "sigma_min and sigma_max" if diffusion.schedule == "geometric" else "eps"
+        raise ConfigError(
+            f"diffusion.{keys} with the {diffusion.schedule} schedule and {diffusion.masking} masking leave out "
+            f"{left_out:.0%} of the mask probabilities, of which the loss needs all; lower "
+            f"{'sigma_min or raise sigma_max' if diffusion.schedule == 'geometric' else 'eps'}"
+        )
+
+
+def _left_out(diffusion: DiffusionConfig) -> float:
+    """Share of the mask probabilities in (0, 1) that never occur."""
+    at_ends = 0.0
+    if diffusion.schedule == "geometric":
+        at_ends = -math.expm1(-diffusion.sigma_min) + math.exp(-diffusion.sigma_max)
+    elif diffusion.schedule == "cosine_mdlm":
+        at_ends = diffusion.eps
+    # Of linear masks eps leaves out as much, of the other schedules' about as much or less.
+    return at_ends + (diffusion.eps if diffusion.masking == "bernoulli" else 0.0)
 
 
 def data_parallel_size(config: Config, world_size: int | None) -> int | None:

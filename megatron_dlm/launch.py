@@ -9,6 +9,7 @@ it was, except under torchrun, where nothing else keeps the reason.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -319,6 +320,11 @@ def _report(error: BaseException | None, prefix: str = "") -> Outcome:
     if invalid or isinstance(error, TrainingError):
         print(f"megatron-dlm: error: {prefix}{error}", file=sys.stderr, flush=True)
         return Outcome(INVALID if invalid else FAILED, str(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or "a file of the run"
+        reason = f"cannot write {where}: {error.strerror}; make room, and the same command continues the run"
+        print(f"megatron-dlm: error: {prefix}{reason}", file=sys.stderr, flush=True)
+        return Outcome(FAILED, reason)
     text = "".join(traceback.format_exception(error))
     print(f"{prefix}{text}", file=sys.stderr, end="", flush=True)
     return Outcome(FAILED, text.rstrip().rpartition("\n")[2])

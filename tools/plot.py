@@ -89,8 +89,11 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
             if number == len(lines):  # cut short by a kill
                 break
             raise ValueError(f"{path}:{number} is not JSON; give a run's metrics.jsonl") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}:{number} is not a record; give a run's metrics.jsonl")
         if "valid_nelbo" in record:
-            evaluations.append(record)
+            if record["valid_nelbo"] is not None:  # not finite
+                evaluations.append(record)
         elif {"step", "loss"} <= record.keys():
             steps.append(record)
     if not steps:
@@ -104,7 +107,9 @@ def read_runs(paths: Sequence[Path], axis: str) -> tuple[list[Run], str]:
     read = [read_records(path) for path in paths]
     for path, (steps, _) in zip(paths, read, strict=True):
         if any(record.get(key) is None for record in steps):
-            known = [name for name, (other, _) in AXES.items() if all(other in record for record in steps)]
+            known = [
+                name for name, (other, _) in AXES.items() if all(record.get(other) is not None for record in steps)
+            ]
             raise ValueError(f"{path} does not record {key}; choose --x from: {', '.join(known)}")
     largest = max(float(record[key]) for steps, _ in read for record in steps)
     scale, unit = _unit(largest, axis)
@@ -304,6 +309,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     first = options.metrics[0]
     output = options.output or (first / "loss.png" if first.is_dir() else first.with_name("loss.png"))
+    if not output.suffix:
+        parser.error(f"--output {output} has no suffix, such as .png, .svg or .pdf")
     try:
         draw(options.metrics, output, options.x)
     except (ValueError, OSError) as error:

@@ -51,6 +51,7 @@ class Dataset:
 
     Attributes:
         source_tokens: tokens in each source's file.
+        fingerprints: one of each source's content.
         num_tokens: tokens in all of them.
         unique_tokens: tokens used.
         samples_per_epoch: training: sequences of one pass over every source. Validation: sequences in the set, the
@@ -86,6 +87,7 @@ class Dataset:
         self._sequences = np.array([length // sequence_length for length in self._lengths], dtype=np.int64)
         self._seeds = [_source_seed(seed, i) for i in range(len(sources))]
         self.source_tokens = [len(file.tokens) for file in self._files]
+        self.fingerprints = [file.fingerprint() for file in self._files]
         self.num_tokens = sum(self.source_tokens)
         self.unique_tokens = sum(self._lengths)
         self.bytes_per_token = float(self.blend.shares @ [file.metadata.bytes_per_token for file in self._files])

@@ -6,6 +6,7 @@ without megatron-core (whose import takes seconds) and maps the .bin as one flat
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from dataclasses import asdict, dataclass, field, fields
@@ -74,6 +75,10 @@ def token_dtype(vocab_size: int) -> type[np.integer]:
     return np.uint16 if vocab_size <= 2**16 else np.int32
 
 
+# Of a corpus of any size a fingerprint takes a moment.
+_SAMPLES, _SAMPLE = 64, 4096
+
+
 class TokenFile:
     """A prepared corpus, opened for reading.
 
@@ -101,6 +106,15 @@ class TokenFile:
             raise DataError(f"{metadata_path} counts {self.metadata.tokens} tokens, but not {bin_path}: {_REMEDY}")
         _check_index(idx_path, self.metadata)
         self.tokens = np.memmap(bin_path, dtype=self.metadata.dtype, mode="r").view(np.ndarray)
+
+    def fingerprint(self) -> str:
+        """Number and digest of the tokens, of 64 samples of them where there are many: reads at most 2**18 tokens."""
+        pieces = np.linspace(0, max(len(self.tokens) - _SAMPLE, 0), _SAMPLES, dtype=np.int64)
+        whole = len(self.tokens) <= _SAMPLE * _SAMPLES
+        digest = hashlib.sha256()
+        for start in [0] if whole else pieces.tolist():
+            digest.update(self.tokens[start : len(self.tokens) if whole else start + _SAMPLE].tobytes())
+        return f"{len(self.tokens)}:{digest.hexdigest()[:16]}"
 
 
 def _check_size(path: Path, expected: int) -> None:

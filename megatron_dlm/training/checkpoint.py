@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -34,6 +35,8 @@ _METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 _INFO, _CONFIG = "checkpoint.json", "config.yaml"
+_SMALL = (_INFO, _CONFIG, ".metadata", "common.pt", "metadata.json")
+_NAME = re.compile(r"step-(\d{8,})")
 # What defines the trajectory: a resumed run must have the same values. Layout, precision, schedule and
 # intervals may change.
 _BINDING = (
@@ -54,10 +57,12 @@ class Progress(NamedTuple):
     """Completed steps."""
     skipped: int
     """Those of them that were skipped, because their gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """The last ones of them."""
 
     def after(self, *, applied: bool) -> Progress:
         """One step further."""
-        return Progress(self.step + 1, self.skipped + (not applied))
+        return Progress(self.step + 1, self.skipped + (not applied), 0 if applied else self.skipped_in_a_row + 1)
 
 
 def save(training: Training, progress: Progress) -> Path:
@@ -79,14 +84,17 @@ def save(training: Training, progress: Progress) -> Path:
         dist.all_gather_object(records, own)
         known = {name: record for part in records for name, record in part.items()}
         _on_rank_zero(lambda: _describe(training, progress, partial, known))
-        _on_rank_zero(lambda: _commit(root, partial, final, keep=training.config.checkpoint.keep))
+        _on_rank_zero(lambda: _commit(root, partial, final))
     except (OSError, CheckpointException) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(
-            f"cannot write checkpoint {final}: {_cause(error)}; make room or choose another run.directory; the same "
-            "command then continues from the checkpoint before"
+            f"cannot write checkpoint {final}: {_cause(error)}; make room or correct that, and the same command "
+            "continues from the checkpoint before, if there is one"
         ) from None
+    if dist.get_rank() == 0:
+        for path in _candidates(root)[training.config.checkpoint.keep :]:
+            _remove(path)
     return final
 
 
@@ -97,8 +105,8 @@ def load(training: Training, directory: Path) -> Progress:
         TrainingError: the checkpoint cannot be read; on all ranks.
     """
     for part in training.optimizer.parts:
-        # torch's Adam has no state before its first step, and megatron's sharded state needs one to fill.
-        part._init_optimizer_states_with_dummy_values()
+        if not part.optimizer.state:  # of another Adam than torch's; megatron's sharded state needs one to fill
+            part._init_optimizer_states_with_dummy_values()
     template = _state(training, Progress(0, 0), is_loading=True)
     try:
         state = read_sharded(template, directory)
@@ -106,8 +114,8 @@ def load(training: Training, directory: Path) -> Progress:
         raise TrainingError(f"cannot read checkpoint {directory}: {_cause(error)}; restore or remove it") from None
     for index, chunk in enumerate(training.chunks):
         chunk.module.load_state_dict(state[f"model{index}"])
-    training.optimizer.megatron.load_state_dict(state["optimizer"])
-    return Progress(int(state["step"]), int(state["skipped"]))
+    training.optimizer.load_state_dict(state["optimizer"])
+    return Progress(int(state["step"]), int(state["skipped"]), int(state.get("skipped_in_a_row", 0)))
 
 
 def find(training: Training) -> Path | None:
@@ -135,8 +143,10 @@ def find(training: Training) -> Path | None:
 
 def check_sizes(directory: Path) -> str | None:
     """Whether the checkpoint is complete, without reading its large files: a sentence about the first fault."""
-    fault = manifest.find_fault(directory, content=False)
-    return fault or manifest.find_fault(directory, [_INFO, _CONFIG])
+    try:
+        return manifest.find_fault(directory, content=False) or manifest.find_fault(directory, _SMALL)
+    except OSError as error:
+        raise _unreadable(directory, error.strerror) from None
 
 
 def resumable(
@@ -180,20 +190,36 @@ def checkpoint_root(config: Config) -> Path:
 
 def _candidates(root: Path) -> list[Path]:
     """What ``latest`` names and what is older, newest first; newer ones are of a branch that was given up."""
-    directories = sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
-    pointer = root / "latest"
-    latest = root / pointer.read_text().strip() if pointer.exists() else None
+    directories = _checkpoints(root)
+    try:
+        latest = root / (root / "latest").read_bytes().decode(errors="replace").strip()
+    except OSError:
+        return directories
     return directories[directories.index(latest) :] if latest in directories else directories
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """Directories with the names of checkpoints, newest first. Whatever else is there is the user's.
+
+    Raises ``ConfigError`` where ``root`` is something else than a directory.
+    """
+    if os.path.lexists(root) and not root.is_dir():
+        raise ConfigError(f"{root} is not a directory; move it away or choose another run.directory")
+    found = [(int(match[1]), path) for path in root.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
 
 
 def _require_same_run(directory: Path, config: Config, tokenizer: Tokenizer, train_data: Dataset, steps: int) -> None:
     """Raise ``ConfigError`` where the configuration or the data contradicts the checkpoint."""
-    saved = from_dict(read_yaml(str(directory / _CONFIG)))
+    try:
+        saved = from_dict(read_yaml(str(directory / _CONFIG)))
+    except ConfigError as error:
+        raise ConfigError(f"{directory} is of another version of megatron_dlm: {error}") from None
     info = json.loads((directory / _INFO).read_text())
     pairs = [(key, _lookup(saved, key), _lookup(config, key)) for key in _BINDING]
     pairs.append(("the fingerprint of data.tokenizer", info["tokenizer_fingerprint"], tokenizer.fingerprint))
     sources = _describe_sources(config, train_data)
-    pairs.append(("the list of (tokens, weight) of data.train", info["train_sources"], sources))
+    pairs.append(("the list of (fingerprint, share) of data.train", info["train_sources"], sources))
     for key, before, now in pairs:
         if before != now:
             what = _first_difference(key, before, now)
@@ -206,15 +232,26 @@ def _require_same_run(directory: Path, config: Config, tokenizer: Tokenizer, tra
 
 def _shared_fault(directory: Path) -> str | None:
     """``manifest.find_fault`` with the reading shared among the ranks; collective, the same answer everywhere."""
+    fault = unreadable = None
     try:
         records = manifest.read(directory)
-        names = sorted(records, key=lambda name: records[name].size, reverse=True)
+        names = sorted({*records, *_SMALL}, key=lambda name: records[name].size if name in records else 0, reverse=True)
         fault = manifest.find_fault(directory, names[dist.get_rank() :: dist.get_world_size()])
     except ValueError as error:
         fault = str(error)
-    faults: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
-    return next((fault for fault in faults if fault), None)
+    except OSError as error:
+        unreadable = error.strerror
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (fault, unreadable))
+    for _, unreadable in answers:
+        if unreadable:
+            raise _unreadable(directory, unreadable)
+    return next((fault for fault, _ in answers if fault), None)
+
+
+def _unreadable(directory: Path, reason: str | None) -> ConfigError:
+    """Not a reason to fall back: the next save would replace a checkpoint that may be sound."""
+    return ConfigError(f"cannot read {directory}: {reason}; correct that, or set {directory.parent / 'latest'} back")
 
 
 def _state(training: Training, progress: Progress, *, is_loading: bool) -> dict[str, Any]:
@@ -229,7 +266,7 @@ def _state(training: Training, progress: Progress, *, is_loading: bool) -> dict[
 
 def _begin(root: Path, partial: Path) -> None:
     for leftover in root.glob(".step-*.partial*"):  # of saves that were killed
-        shutil.rmtree(leftover)
+        _delete(leftover)
     partial.mkdir(parents=True)
 
 
@@ -255,30 +292,41 @@ def _describe(training: Training, progress: Progress, directory: Path, known: di
     manifest.write(directory, known)
 
 
-def _commit(root: Path, partial: Path, final: Path, *, keep: int) -> None:
+def _commit(root: Path, partial: Path, final: Path) -> None:
     """Put the complete checkpoint in its place; ``latest`` names a complete one at every moment."""
     current = set(_candidates(root))
-    obsolete = {path for path in root.glob("step-*") if path not in current or path == final}
-    for path in sorted(obsolete):
-        _remove(path)
+    for path in _checkpoints(root):
+        if path not in current or path == final:
+            _remove(path)
     os.rename(partial, final)
     manifest.flush(root)
     _point_latest(root, final.name)
-    for path in _candidates(root)[keep:]:
-        _remove(path)
 
 
 def _remove(directory: Path) -> None:
-    """Remove a checkpoint so that a kill leaves nothing that looks like one."""
+    """Remove a checkpoint so that a kill leaves nothing that looks like one; what cannot be removed is named."""
     hidden = directory.with_name(f".{directory.name}.partial.old")
-    os.rename(directory, hidden)
-    shutil.rmtree(hidden)
+    try:
+        os.rename(directory, hidden)
+        _delete(hidden)
+    except OSError as error:
+        print(f"megatron-dlm: warning: cannot remove {directory}: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def _delete(path: Path) -> None:
+    """Delete a directory; of a symbolic link to one (to another disk, say) the link only."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _point_latest(root: Path, name: str) -> None:
     temporary = root / ".latest.partial"
     temporary.write_text(name + "\n")
     manifest.flush(temporary)
+    if (root / "latest").is_dir():
+        (root / "latest").rename(root / "latest.old")
     os.replace(temporary, root / "latest")
     manifest.flush(root)
 
@@ -305,10 +353,11 @@ def _cause(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _describe_sources(config: Config, train_data: Dataset) -> list[list[float]]:
-    """[tokens, weight] of every source; with the seed they decide which sequence every sample id is."""
+def _describe_sources(config: Config, train_data: Dataset) -> list[list[Any]]:
+    """[fingerprint, share] of every source; with the seed they decide which sequence every sample id is."""
     weights = [source.weight for source in config.data.train]
-    return [[tokens, weight] for tokens, weight in zip(train_data.source_tokens, weights, strict=True)]
+    shares = [round(weight / sum(weights), 12) for weight in weights]
+    return [[fingerprint, share] for fingerprint, share in zip(train_data.fingerprints, shares, strict=True)]
 
 
 def _lookup(config: Any, key: str) -> Any:

@@ -126,7 +126,7 @@ def _heaviest(micro_batch: MicroBatch, mask_token_id: int) -> MicroBatch:
 
 
 def _missing_moments(training: Training) -> list[Tensor]:
-    """As much memory as Adam's two moments will take where torch has not made them: it does so in its first step."""
+    """As much memory as Adam's two moments will take where they are made in the first step (not by torch's Adam)."""
     return [
         torch.empty_like(parameter)
         for part in training.optimizer.parts

@@ -48,14 +48,14 @@ def write(directory: Path, known: dict[str, FileRecord]) -> None:
 
 
 def read(directory: Path) -> dict[str, FileRecord]:
-    """The records by name. Raises ``ValueError`` with a sentence if there is no manifest or it cannot be read."""
+    """The records by name. Raises ``ValueError`` with a sentence if there is no manifest, or something else in it."""
     try:
         files = json.loads((directory / NAME).read_text(encoding="utf-8"))["files"]
         return {name: FileRecord(int(item["size"]), str(item["sha256"])) for name, item in files.items()}
     except FileNotFoundError:
         raise ValueError(f"it has no {NAME}, so it was not completed") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"its {NAME} cannot be read") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"its {NAME} is damaged") from None
 
 
 def find_fault(directory: Path, names: Iterable[str] | None = None, *, content: bool = True) -> str | None:
@@ -65,13 +65,18 @@ def find_fault(directory: Path, names: Iterable[str] | None = None, *, content: 
         directory: with a manifest.
         names: the files to look at; None = all.
         content: compare digests too, which reads the files; else only their sizes.
+
+    Raises:
+        OSError: a file is there but cannot be read, which says nothing about what is in it.
     """
     try:
         records = read(directory)
     except ValueError as error:
         return str(error)
     for name in records if names is None else names:
-        path, expected = directory / name, records[name]
+        path, expected = directory / name, records.get(name)
+        if expected is None:
+            return f"its {NAME} lacks {name}"
         try:
             if (size := path.stat().st_size) != expected.size:
                 return f"{name} has {size} bytes instead of {expected.size}"
@@ -79,8 +84,6 @@ def find_fault(directory: Path, names: Iterable[str] | None = None, *, content: 
                 return f"the content of {name} has changed since it was written (its SHA-256 differs)"
         except FileNotFoundError:
             return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
     return None
 
 

@@ -231,12 +231,12 @@ def _drop_after(path: Path, first_step: int) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     temporary = path.with_suffix(".partial")
-    with path.open(encoding="utf-8") as file, temporary.open("w", encoding="utf-8") as kept:
+    with path.open(encoding="utf-8", errors="replace") as file, temporary.open("w", encoding="utf-8") as kept:
         for line in file:
             try:
                 record = json.loads(line)
                 keep = record["step"] <= first_step
-            except (ValueError, KeyError):  # a line that a kill cut short
+            except (ValueError, KeyError, TypeError):  # a line that a kill cut short
                 continue
             if keep:
                 kept.write(line.rstrip("\n") + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,8 @@ class Optimizer:
         self.chunks = chunks
         self.clip_grad = settings.clip_grad
         self.megatron = get_megatron_optimizer(optimizer_config(config), chunks)
+        for part in self.parts:
+            _create_moments(part.optimizer)
         chunks[0].config.grad_scale_func = self.megatron.scale_loss
         self._scheduler = OptimizerParamScheduler(
             self.megatron,
@@ -76,6 +78,20 @@ class Optimizer:
     def parts(self) -> list:
         """megatron's optimizers, one unless it has chained several."""
         return getattr(self.megatron, "chained_optimizers", [self.megatron])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over moments and step counts; the settings (rates, betas, epsilon) stay those of the configuration.
+
+        megatron keeps settings in its parameter groups too, and a loaded ``max_lr`` would silently win.
+        """
+        kept = [
+            [{key: value for key, value in group.items() if key not in ("params", "step")} for group in groups]
+            for groups in (part.optimizer.param_groups for part in self.parts)
+        ]
+        self.megatron.load_state_dict(state)
+        for part, groups in zip(self.parts, kept, strict=True):
+            for group, settings in zip(part.optimizer.param_groups, groups, strict=True):
+                group.update(settings)
 
     def zero_grad(self) -> None:
         """Clear the gradient buffers and the optimizer's gradients."""
@@ -125,6 +141,23 @@ class Optimizer:
         self._scheduler.num_steps = step
         self._scheduler.step(1)
         return float(self._scheduler.get_lr({}))
+
+
+def _create_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give torch's Adam now what it creates in its first step, as it would: a save may come before, if that is skipped.
+
+    Other implementations have states of their own and are left alone.
+    """
+    if not isinstance(optimizer, torch.optim.Adam):  # of which AdamW is one
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            device = parameter.device if group["capturable"] or group["fused"] else "cpu"
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -34,11 +34,13 @@ class RunLog:
         self._training = training
         self._first_step = first_step = progress.step
         self._started = time.perf_counter()
-        self._skipped_in_a_row = 0
         self._evaluation: dict[str, Any] | None = None
         self._reporter = Reporter(config, active=active, steps=training.steps, first_step=first_step)
         if active:
-            Path(config.run.directory, "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+            path = Path(config.run.directory, "config.yaml")
+            partial = path.with_name("config.yaml.partial")
+            partial.write_text(dump_yaml(config), encoding="utf-8")
+            partial.replace(path)
         for line in banner(training, resumed):
             self._reporter.say(line)
         self._throughput = Throughput(
@@ -68,7 +70,6 @@ class RunLog:
         samples = done * config.train.global_batch_size
         tokens = samples * config.data.sequence_length
         sequences = samples // config.rows_per_sequence
-        self._skipped_in_a_row = 0 if report.applied else self._skipped_in_a_row + 1
         record = {
             "step": done,
             "loss": report.loss,
@@ -85,9 +86,9 @@ class RunLog:
             **self._throughput.after_step(report.scored_tokens),
         }
         self._reporter.step(record, show=done % config.train.log_interval == 0 or done == self._training.steps)
-        if self._skipped_in_a_row > config.train.max_skipped_steps:
+        if progress.skipped_in_a_row > config.train.max_skipped_steps:
             raise TrainingError(
-                f"{self._skipped_in_a_row} steps in a row had a non-finite gradient (now at step {done}); lower "
+                f"{progress.skipped_in_a_row} steps in a row had a non-finite gradient (now at step {done}); lower "
                 "optimizer.lr, or raise train.max_skipped_steps"
             )
 
@@ -111,9 +112,10 @@ class RunLog:
             nelbo, unigram = self._evaluation["valid_nelbo"], self._evaluation["valid_unigram"]
             name = likelihood_name(training.config.model)
             side = "below" if nelbo < unigram else "above"
+            at = "" if self._evaluation["step"] == done else f" (at step {self._evaluation['step']})"
             say(
                 f"held-out   {name} {nelbo:.4f} +- {self._evaluation['valid_nelbo_ci95']:.4f} nats/tok, "
-                f"{abs(unigram - nelbo):.4f} {side} the unigram cross-entropy {unigram:.4f}"
+                f"{abs(unigram - nelbo):.4f} {side} the unigram cross-entropy {unigram:.4f}{at}"
             )
         if checkpoint:
             say(f"checkpoint {checkpoint}")

@@ -68,7 +68,7 @@ def train(training: Training) -> bool:
             log.step(progress, report)
             if stopped or last or step % config.checkpoint.interval == 0:
                 saved = checkpoint.save(training, progress)
-            if not stopped and evaluate.is_due(step):
+            if (last or not stopped) and evaluate.is_due(step):
                 log.evaluation(evaluate(step))
     log.close(progress, saved)
     return progress.step == training.steps

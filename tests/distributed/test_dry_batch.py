@@ -36,7 +36,8 @@ def figures(config: Config, *, with_dry_batch: bool) -> list[tuple[float, float]
         assert line.startswith("dry batch  ok in ") and line.endswith(" GiB")
         grads = [p.main_grad for chunk in training.chunks for p in chunk.parameters()]
         assert not any(bool(g.any()) for g in grads), "the gradients are cleared"
-        assert not any(part.optimizer.state for part in training.optimizer.parts)
+        states = [state for part in training.optimizer.parts for state in part.optimizer.state.values()]
+        assert states and not any(bool(value.any()) for state in states for value in state.values())
     reports = [train_step(training, step=step) for step in range(4)]
     return [(report.loss, report.grad_norm) for report in reports]
 

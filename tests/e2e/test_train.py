@@ -110,6 +110,18 @@ def test_autoregressive_arm_on_one_process_with_epochs(config: Path) -> None:
         assert [record for record in records(config) if "valid_nelbo" in record] == [lost]
 
 
+def test_a_stop_signal_in_the_last_step_is_too_late(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_dlm.training import trainer
+
+    def signalled(training: Any, *, step: int, stop_requested: bool) -> Any:
+        return step_function(training, step=step)._replace(stop_requested=step == 11)
+
+    step_function = trainer.train_step
+    monkeypatch.setattr(trainer, "train_step", signalled)
+    assert main(["train", "--config", str(config)]) == 0
+    assert [record["step"] for record in records(config) if "valid_nelbo" in record] == [6, 12]
+
+
 @pytest.fixture
 def broken_data(tiny_data: Path, tmp_path: Path) -> Path:
     prepare(PrepareOptions(output=tmp_path / "broken", inputs=[tiny_data / "chapters"], tokenizer="byte"))

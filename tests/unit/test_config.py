@@ -12,6 +12,7 @@ from megatron_dlm.config_loading import dump_yaml, from_dict, load_config, load_
 from megatron_dlm.config_validation import check_schedule, data_parallel_size, validate
 
 EXAMPLES = sorted(Path(__file__).parents[2].glob("examples/configs/*.yaml"))
+GEOMETRIC = {"diffusion__schedule": "geometric"}
 
 
 def build(**changes: Any) -> Config:
@@ -173,8 +174,18 @@ VPP, DP = "parallel__virtual_pipeline_model_parallel_size", "parallel__data_para
         ({"diffusion__eps": 0.25}, "diffusion.eps is 0.25; it must be at least 0 and below 0.25"),
         ({"diffusion__polynomial_exponent": 0.0}, "diffusion.polynomial_exponent is 0.0; it must be greater than 0"),
         ({"diffusion__sigma_min": 0.0}, "diffusion.sigma_min is 0.0; it must be greater than 0"),
-        ({"diffusion__sigma_min": 30.0}, "diffusion.sigma_min (30) to diffusion.sigma_max (20) leave out 100% of"),
-        ({"diffusion__sigma_max": 2.0}, "leave out 14% of the mask probabilities, of which the loss needs all; lower"),
+        (
+            {**GEOMETRIC, "diffusion__sigma_min": 30.0},
+            "diffusion.sigma_min (30) and diffusion.sigma_max (20) must be in",
+        ),
+        ({**GEOMETRIC, "diffusion__sigma_max": 1e300}, "must be in ascending order between 1e-8 and 1000"),
+        (
+            {**GEOMETRIC, "diffusion__sigma_max": 2.0},
+            "leave out 14% of the mask probabilities, of which the loss needs",
+        ),
+        ({"diffusion__schedule": "cosine_mdlm", "diffusion__eps": 0.2}, "eps with the cosine_mdlm schedule and"),
+        ({"diffusion__masking": "bernoulli", "diffusion__eps": 0.2}, "leave out 20% of the mask probabilities"),
+        ({"diffusion__schedule": "polynomial", "diffusion__polynomial_exponent": 1e9}, "polynomial_exponent is 1e+09"),
         (
             {"diffusion__complementary": True, "diffusion__masking": "bernoulli"},
             "diffusion.complementary: true needs diffusion.masking exact_count, not bernoulli; change either",

@@ -33,6 +33,10 @@ def test_known_files_are_not_read_again(tmp_path: Path) -> None:
     assert manifest.read(tmp_path)["large"].sha256 == "as it was given"
 
 
+def test_a_file_that_is_asked_for_must_be_listed(directory: Path) -> None:
+    assert manifest.find_fault(directory, ["large", "another"]) == "its manifest.json lacks another"
+
+
 def test_faults_are_named(directory: Path) -> None:
     (directory / "large").write_bytes(b"0123456788")
     assert manifest.find_fault(directory, content=False) is None
@@ -50,6 +54,6 @@ def test_faults_are_named(directory: Path) -> None:
 )
 def test_a_broken_manifest_is_a_fault(directory: Path, text: str) -> None:
     (directory / manifest.NAME).write_bytes(text.encode("latin-1"))
-    assert manifest.find_fault(directory) == "its manifest.json cannot be read"
+    assert manifest.find_fault(directory) == "its manifest.json is damaged"
     (directory / manifest.NAME).unlink()
     assert manifest.find_fault(directory) == "it has no manifest.json, so it was not completed"
