@@ -82,16 +82,14 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over moments and step counts; the settings (rates, betas, epsilon) stay those of the configuration.
 
-        megatron keeps settings in its parameter groups too, and a loaded ``max_lr`` would silently win.
+        megatron keeps settings in its parameter groups too: a loaded ``max_lr`` would silently win, and 0.19 finds the
+        saved group of a parameter by it. So the saved groups get our settings first. Weight decay tells them apart.
         """
-        kept = [
-            [{key: value for key, value in group.items() if key not in ("params", "step")} for group in groups]
-            for groups in (part.optimizer.param_groups for part in self.parts)
-        ]
+        ours = {group["wd_mult"]: group for part in self.parts for group in part.optimizer.param_groups}
+        for saved in _param_groups(state):
+            settings = ours.get(saved["wd_mult"], {})  # a rank may have none of the other group
+            saved.update({key: value for key, value in settings.items() if key not in ("params", "step")})
         self.megatron.load_state_dict(state)
-        for part, groups in zip(self.parts, kept, strict=True):
-            for group, settings in zip(part.optimizer.param_groups, groups, strict=True):
-                group.update(settings)
 
     def zero_grad(self) -> None:
         """Clear the gradient buffers and the optimizer's gradients."""
@@ -141,6 +139,13 @@ class Optimizer:
         self._scheduler.num_steps = step
         self._scheduler.step(1)
         return float(self._scheduler.get_lr({}))
+
+
+def _param_groups(state: Any) -> list[dict[str, Any]]:
+    """All parameter groups of megatron's optimizer state, of one optimizer or of several chained ones."""
+    if not isinstance(state, dict):
+        return []
+    return [*state.get("param_groups", []), *(group for value in state.values() for group in _param_groups(value))]
 
 
 def _create_moments(optimizer: torch.optim.Optimizer) -> None:
