@@ -233,6 +233,7 @@ def test_a_stop_signal_before_training_has_nothing_to_save(config):
 
 
 @pytest.mark.parametrize("number", launch.STOP_SIGNALS)
+@pytest.mark.skipif(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="nohup keeps a signal from the launcher")
 def test_stop_signals_of_a_single_process(config, number):
     def early(config: dict) -> None:
         os.kill(os.getpid(), number)
