@@ -14,7 +14,14 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from dlm_kernels import noise_levels
-from dlm_kernels.loss_parts import consume, gather_hidden, require_equal_lengths, start_reduction
+from dlm_kernels.loss_parts import (
+    add_to_main_grad,
+    consume,
+    gather_hidden,
+    require_equal_lengths,
+    require_main_grad,
+    start_reduction,
+)
 from dlm_kernels.philox import TOKEN_POSITION_BITS, Purpose, Stream, random_bits, token_counter
 from dlm_kernels.types import MaskedTokens, Masking, NoiseDraw
 from dlm_kernels.vocab_parallel import RowStatistics, VocabShard, accumulator, exponentials_, gradient_, merge
@@ -152,6 +159,9 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted, vocabulary-parallel cross-entropy in nats. Differentiable in `logits`, once.
 
+    With Triton the backward pass writes the gradient over `logits`, and autograd refuses another use of their values
+    (of a leaf it cannot: do not use one again); with torch they stay as they are.
+
     Args:
         logits: [rows, vocab_local]; rank r of `group` holds the columns from r * vocab_local on.
         targets: [rows] int64, ids in [0, vocab_size).
@@ -184,6 +194,7 @@ def linear_cross_entropy(
     sequence_parallel: bool = False,
     chunk_size: int = 4096,
     fp32_logits: bool = False,
+    accumulate_into_main_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`cross_entropy` of `hidden[rows] @ weight.T`, computed for these rows only and chunk by chunk.
 
@@ -201,20 +212,27 @@ def linear_cross_entropy(
         sequence_parallel: gather `hidden` over `group`, and reduce-scatter its gradient.
         chunk_size: rows whose logits exist at a time.
         fp32_logits: compute the logits of half-precision operands in float32.
+        accumulate_into_main_grad: in the backward pass, add the gradient of `weight` to `weight.main_grad` (float32)
+            instead of returning it, as megatron-core's gradient_accumulation_fusion does: `weight` is then the
+            parameter itself. See `dlm_kernels.loss_parts.add_to_main_grad`.
 
     Returns:
         As `cross_entropy`. The gradient of `hidden` is summed over `group`, and exactly 0 in rows that are not scored;
         that of `weight` is accumulated in float32.
 
     Raises:
-        ValueError: rows, targets and weights differ in length.
+        ValueError: rows, targets and weights differ in length, or `weight` has no suitable `main_grad` though its
+            gradient is to be added to it.
         RuntimeError: in a second backward pass.
     """
     shard = VocabShard.of(weight.shape[0], vocab_size, group)
     need_grad = torch.is_grad_enabled()
     need = (need_grad and hidden.requires_grad, need_grad and weight.requires_grad)
+    into_main_grad = accumulate_into_main_grad and need[1]
+    if into_main_grad:
+        require_main_grad(weight)
     return _LinearCrossEntropy.apply(
-        hidden, weight, rows, targets, weights, shard, sequence_parallel, chunk_size, fp32_logits, need
+        hidden, weight, rows, targets, weights, shard, sequence_parallel, chunk_size, fp32_logits, need, into_main_grad
     )
 
 
@@ -259,6 +277,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_size: int,
         fp32_logits: bool,
         need: tuple[bool, bool],
+        into_main_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         full = gather_hidden(hidden, sequence_parallel, shard)
         tokens = full.shape[0]
@@ -296,7 +315,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if reduction is not None:
                 reduction.wait()
         ctx.save_for_backward(d_hidden, d_weight)
-        ctx.dtype, ctx.consumed = weight.dtype, False
+        ctx.weight, ctx.into_main_grad, ctx.consumed = weight, into_main_grad, False
         ctx.mark_non_differentiable(entropy, correct)
         return loss.to(dtype), entropy, correct
 
@@ -306,7 +325,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         consume(ctx, "linear_cross_entropy")
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
-            d_hidden = d_hidden.mul_(upstream)
-        if d_weight is not None:
-            d_weight = d_weight.mul_(upstream).to(ctx.dtype)
-        return d_hidden, d_weight, *(None,) * 8
+            # Of one dimension or more, or it would be rounded to the gradient's half precision before the product.
+            d_hidden = torch.mul(d_hidden, upstream.view(1, 1), out=d_hidden)
+        if d_weight is not None and ctx.into_main_grad:
+            d_weight = add_to_main_grad(ctx.weight, d_weight, upstream)
+        elif d_weight is not None:
+            d_weight = d_weight.mul_(upstream).to(ctx.weight.dtype)
+        return d_hidden, d_weight, *(None,) * 9
