@@ -9,10 +9,10 @@ STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python -m
 DEMO := runs/demo
 
-.PHONY: help demo test parity exactness test-py312 lint types clean
+.PHONY: help demo test parity exactness kernels-report test-py312 lint types clean
 
 help:  ## Show this help
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) $(DEMO)-data/.prepared  ## Train a small model on real text, in minutes; goes on where it was stopped
 	$(RUN) megatron_dlm train --config examples/configs/demo.yaml
@@ -24,12 +24,16 @@ $(DEMO)-data/.prepared: | $(STAMP)
 
 test: lint types  ## Build the environment, check style and types, run all tests
 	$(RUN) pytest
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) pytest tests/interpreter
 
 parity: $(STAMP)  ## Print the whole table of layouts against one process (minutes)
 	OMP_NUM_THREADS=1 $(RUN) pytest tests/distributed/test_parity.py -s -m 'slow or not slow'
 
 exactness: $(STAMP)  ## Print how resumed and resharded runs differ from straight ones (minutes)
 	OMP_NUM_THREADS=1 $(RUN) pytest tests/distributed/test_resume.py -s -m 'slow or not slow'
+
+kernels-report: $(STAMP)  ## Registers, spills and instructions of every kernel, compiled for sm_90
+	$(RUN) pytest -s tests/unit/test_aot_mask_tokens.py tests/unit/test_aot_cross_entropy.py
 
 test-py312:  ## The same with Python 3.12 and the newest supported megatron-core
 	$(MAKE) test PYTHON=$(PYTHON312) VENV=.venv312

@@ -139,6 +139,18 @@ class ParallelConfig:
 
 
 @dataclass
+class KernelsConfig:
+    """How masking and the loss are computed."""
+
+    implementation: Literal["auto", "triton", "torch"] = "auto"
+    """auto: Triton kernels on a GPU, plain torch elsewhere. Both mask the same tokens."""
+    chunk_rows: int = 4096
+    """Masked tokens whose logits exist at a time; fewer need less memory."""
+    fp32_logits: bool = False
+    """Keep the logits of bf16 layers in fp32: a more exact gradient where predictions are confident."""
+
+
+@dataclass
 class SourceConfig:
     """One prepared corpus."""
 
@@ -243,6 +255,7 @@ class Config:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     autoregressive: AutoregressiveConfig = field(default_factory=AutoregressiveConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

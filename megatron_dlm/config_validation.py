@@ -20,8 +20,8 @@ _POSITIVE = (
     "model.ffn_hidden_size model.norm_eps model.rope_theta model.init_std model.vocab_size_multiple "
     "diffusion.eps diffusion.polynomial_exponent diffusion.sigma_min diffusion.sigma_max "
     "parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size "
-    "parallel.virtual_pipeline_model_parallel_size parallel.data_parallel_size data.sequence_length "
-    "data.unique_tokens train.steps train.epochs train.micro_batch_size train.global_batch_size "
+    "parallel.virtual_pipeline_model_parallel_size parallel.data_parallel_size kernels.chunk_rows "
+    "data.sequence_length data.unique_tokens train.steps train.epochs train.micro_batch_size train.global_batch_size "
     "train.log_interval optimizer.lr evaluate.interval evaluate.sequences checkpoint.interval checkpoint.keep"
 ).split()
 _NOT_NEGATIVE = (

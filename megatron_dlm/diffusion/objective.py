@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dlm_kernels import noise_levels
+from dlm_kernels.implementation import Implementation, mask_tokens
 from dlm_kernels.philox import Purpose, Stream, random_bits, random_words, token_counter
-from dlm_kernels.reference import mask_tokens
 from dlm_kernels.types import NoiseDraw
 from megatron_dlm.config import AutoregressiveConfig, Config, DiffusionConfig
 from megatron_dlm.config_validation import check_diffusion
@@ -76,6 +76,7 @@ class MaskedDiffusion:
         mask_token_id: int,
         end_of_document_id: int,
         sequence_length: int,
+        implementation: Implementation = "auto",
     ) -> None:
         """
         Args:
@@ -83,6 +84,7 @@ class MaskedDiffusion:
             seed: of the run, 64 bits.
             mask_token_id, end_of_document_id: control symbols of the vocabulary.
             sequence_length: tokens, below 2**22.
+            implementation: of the masking; both mask the same tokens.
 
         Raises:
             ConfigError: a contradiction within the section.
@@ -93,6 +95,7 @@ class MaskedDiffusion:
         self.mask_token_id = mask_token_id
         self.end_of_document_id = end_of_document_id
         self.sequence_length = sequence_length
+        self.implementation = implementation
 
     def lengths(self, sample_ids: np.ndarray, purpose: Purpose = Purpose.TRAIN) -> Tensor | None:
         """Real tokens of each sequence: with a small probability uniform on 1..sequence_length, else all of them.
@@ -152,6 +155,7 @@ class MaskedDiffusion:
             masking=self.config.masking,
             eligible=eligible,
             purpose=purpose,
+            impl=self.implementation,
             **self._noise(sample_ids, counts, noise_step, global_batch_size, purpose, device),
         )
         rows = masked.rows.long()
@@ -304,14 +308,14 @@ def build_objective(config: Config, *, mask_token_id: int, end_of_document_id: i
     Raises:
         ConfigError: as `MaskedDiffusion`.
     """
-    common = {
+    common: dict[str, Any] = {
         "seed": config.run.seed,
         "mask_token_id": mask_token_id,
         "end_of_document_id": end_of_document_id,
         "sequence_length": config.data.sequence_length,
     }
     if config.model.objective == "masked_diffusion":
-        return MaskedDiffusion(config.diffusion, **common)
+        return MaskedDiffusion(config.diffusion, **common, implementation=config.kernels.implementation)
     return Autoregressive(config.autoregressive, **common)
 
 

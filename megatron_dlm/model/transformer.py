@@ -14,8 +14,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from dlm_kernels.reference import linear_cross_entropy
-from megatron_dlm.config import Config
+from dlm_kernels import linear_cross_entropy
+from megatron_dlm.config import Config, KernelsConfig
 from megatron_dlm.diffusion.objective import Batch
 from megatron_dlm.model.initialization import initialize_weights
 from megatron_dlm.model.layer_spec import block_submodules
@@ -50,6 +50,7 @@ class DiffusionTransformer(LanguageModule):
         rope_theta: float,
         causal: bool,
         tie_embeddings: bool,
+        kernels: KernelsConfig,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -59,12 +60,14 @@ class DiffusionTransformer(LanguageModule):
         Args:
             vocab_size: ids that exist, [MASK] included; columns beyond it never receive probability.
             padded_vocab_size: rows of the embedding and the head, a multiple of the tensor-parallel size.
+            kernels: how the loss is computed.
             pre_process: whether this chunk embeds the tokens (first stage).
             post_process: whether this chunk holds the final norm and the head (last stage).
             vp_stage: the chunk's number under an interleaved schedule.
         """
         super().__init__(config=config)
         self.vocab_size = vocab_size
+        self.kernels = kernels
         self.pre_process = pre_process
         self.post_process = post_process
         self.vp_stage = vp_stage
@@ -145,15 +148,21 @@ class DiffusionTransformer(LanguageModule):
         else:
             padding = rows == size * seq
             rows = torch.where(padding, rows, (rows % seq) * size + rows // seq)
+        head = self.head_weight()
         loss, cross_entropy, correct = linear_cross_entropy(
             hidden.flatten(0, 1),
-            self.head_weight(),
+            head,
             rows,
             targets,
             weights,
             vocab_size=self.vocab_size,
             group=self.tp_group if self.config.tensor_model_parallel_size > 1 else None,
             sequence_parallel=self.config.sequence_parallel,
+            chunk_size=self.kernels.chunk_rows,
+            fp32_logits=self.kernels.fp32_logits,
+            # The data-parallel wrapper's fp32 buffer: saves a copy of the head's gradient, and its rounding to bf16.
+            accumulate_into_main_grad=hasattr(head, "main_grad"),
+            impl=self.kernels.implementation,
         )
         if rows is None:
             cross_entropy, correct = _to_sequence_first(cross_entropy, seq), _to_sequence_first(correct, seq)
@@ -182,6 +191,7 @@ def build_model(config: Config, topology: Topology, *, vocab_size: int) -> list[
                 rope_theta=model.rope_theta,
                 causal=model.objective == "autoregressive",
                 tie_embeddings=model.tie_embeddings,
+                kernels=config.kernels,
                 pre_process=topology.is_first_stage and stage == 0,
                 post_process=topology.is_last_stage and stage == topology.virtual_size - 1,
                 vp_stage=stage if topology.virtual_size > 1 else None,

@@ -6,8 +6,10 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 
-from megatron_dlm.config import Config
+from dlm_kernels.implementation import resolve
+from megatron_dlm.config import Config, ConfigError
 from megatron_dlm.config_loading import from_dict
 from megatron_dlm.config_validation import check_schedule, validate
 from megatron_dlm.data.tokenizer import load_tokenizer
@@ -31,10 +33,18 @@ def preflight(config: Config, *, world_size: int | None = None) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     validate(config, world_size=world_size, vocab_size=tokenizer.vocab_size)
     check_pass_through(config)
+    _check_kernels(config)
     train_data, _ = open_data(config, tokenizer)
     steps = total_steps(config, train_data)
     check_schedule(config, steps)
     checkpoint.resumable(config, tokenizer, train_data, steps=steps)
+
+
+def _check_kernels(config: Config) -> None:
+    try:
+        resolve(config.kernels.implementation, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except ValueError as error:
+        raise ConfigError(f"kernels.implementation: {error}") from None
 
 
 def run_worker(config_dict: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,15 +65,14 @@ def poison(training: Training, case: Case, is_bad: Callable[[int], bool]) -> Non
                 micro_batch = micro_batch._replace(batch=replace(micro_batch.batch, weights=weights))
             yield micro_batch
 
-    def spoil(gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.clone()
-        gradient.view(-1)[1] = case.value if is_bad(now[0]) else gradient.view(-1)[1]
-        return gradient
+    def spoil(parameter: Any, gradient: torch.Tensor) -> None:
+        if is_bad(now[0]):  # in the buffer that gradients are added to: the head's gets there without autograd
+            parameter.main_grad.view(-1)[1] = case.value
 
     stream.training = batches  # type: ignore[method-assign]
     if on_this_rank and case.where != "loss":
         names = [(n, p) for chunk in training.chunks for n, p in chunk.named_parameters() if n.endswith(case.where)]
-        names[-1][1].register_hook(spoil)
+        names[-1][1].register_hook(partial(spoil, names[-1][1]))
 
 
 def digest(training: Training) -> list[str]:
