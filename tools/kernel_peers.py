@@ -128,13 +128,17 @@ def linear_peers(gpu: bool) -> list[Peer]:
 
         return Peer("Liger SM90 scaled", loss)
 
-    def quack() -> Peer:
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    def quack(scaled_exp: bool | None) -> Callable[[], Peer]:
+        def make() -> Peer:
+            from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-        def loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-            return chunked_linear_cross_entropy(hidden, weight, targets, reduction="sum", tuned=False)
+            def loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+                options: dict[str, Any] = {"reduction": "sum", "tuned": False, "use_scaled_exp": scaled_exp}
+                return chunked_linear_cross_entropy(hidden, weight, targets, **options)
 
-        return Peer("QuACK", loss, "no per-token weights")
+            return Peer("QuACK" if scaled_exp is None else "QuACK base pipeline", loss, "no per-token weights")
+
+        return make
 
     def fla() -> Peer:
         from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
@@ -153,7 +157,15 @@ def linear_peers(gpu: bool) -> list[Peer]:
         return Peer("CCE", loss, "skips small gradients")
 
     return peers + _importable(
-        liger(False, 1), liger(False, 32), liger(True, 32), liger_sm90, liger_scaled_sm90, quack, fla, cce
+        liger(False, 1),
+        liger(False, 32),
+        liger(True, 32),
+        liger_sm90,
+        liger_scaled_sm90,
+        quack(None),
+        quack(False),
+        fla,
+        cce,
     )
 
 

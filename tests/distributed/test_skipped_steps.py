@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from megatron_dlm.training.setup import Training, build
 from megatron_dlm.training.step import train_step
 from megatron_dlm.training.trainer import train
 from tests.ranks import run_ranks
+from tests.resuming import digest
 from tests.runs import tiny_config
 
 STEPS, BAD_STEP, BAD_RANK = 5, 2, 3
@@ -75,21 +75,6 @@ def poison(training: Training, case: Case, is_bad: Callable[[int], bool]) -> Non
         names[-1][1].register_hook(partial(spoil, names[-1][1]))
 
 
-def digest(training: Training) -> list[str]:
-    """Of the parameters, the main parameters and Adam's moments of every rank."""
-    own = hashlib.sha256()
-    for chunk in training.chunks:
-        for parameter in chunk.parameters():
-            own.update(parameter.detach().float().numpy().tobytes())
-    for part in training.optimizer.parts:
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = part.optimizer.state[parameter]
-                for tensor in (parameter.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"]):
-                    own.update(tensor.float().numpy().tobytes())
-    return gather(own.hexdigest())
-
-
 def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -106,7 +91,7 @@ def skip_cases(cases: list[tuple[Case, Config]]) -> list[tuple[list[Any], list[l
         for step in range(STEPS):
             report = train_step(training, step=step)
             reports.append(gather((report.applied, report.loss, report.grad_norm, report.lr)))
-            digests.append(digest(training))
+            digests.append(digest(training).split())
         results.append((reports, digests))
     return results
 
