@@ -51,6 +51,8 @@ def examine() -> dict[str, Any]:
     """What is there, by name; megatron-core itself is not imported."""
     import torch
 
+    from dlm_kernels.implementation import resolve
+
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     engine = _version("transformer-engine") if find_spec("transformer_engine") else None
     findings: dict[str, Any] = {
@@ -68,6 +70,10 @@ def examine() -> dict[str, Any]:
         findings["layers"] = "Transformer Engine's"
     else:
         findings["layers"] = f"megatron_dlm's own ({'Transformer Engine is absent' if gpus else 'there is no GPU'})"
+    if resolve("auto", torch.device("cuda" if gpus else "cpu")) == "triton":
+        findings["kernels"] = f"Triton {_version('triton')}"
+    else:
+        findings["kernels"] = f"plain torch ({'Triton is absent' if gpus else 'there is no GPU'})"
     for module, distribution, purpose in OPTIONAL:
         found = _version(distribution) if find_spec(module) else "absent"
         findings[distribution] = f"{found} ({purpose})"
