@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dlm_kernels.implementation import resolve
 from megatron_dlm.config_loading import dump_yaml
 from megatron_dlm.errors import TrainingError
 from megatron_dlm.model.layer_spec import uses_transformer_engine
@@ -139,7 +140,8 @@ def banner(training: Training, resumed: Path | None) -> list[str]:
         f"versions   megatron_dlm {version('megatron-dlm')} | megatron-core {version('megatron-core')} | "
         f"torch {torch.__version__}",
         f"objective  {config.model.objective} | seed {config.run.seed} | {config.train.precision}",
-        f"layout     {topology} on {topology.world_size} x {device} | {backend} | layers: {layers}",
+        f"layout     {topology} on {topology.world_size} x {device} | {backend} | layers: {layers} | "
+        f"kernels: {resolve(config.kernels.implementation, topology.device)}",
         f"model      {format_count(parameter_count(config.model, padded))} parameters | vocabulary {vocab} "
         f"(padded to {padded}) | {flops / 1e6:.4g} MFLOP/token",
         f"data       {format_count(dataset.num_tokens)} tokens, {format_count(dataset.unique_tokens)} unique in use | "
