@@ -288,20 +288,18 @@ def line(row: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/kernels-<gpu>-<date>.json")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/kernels-<gpu>-<date>[-<only>].json")
     parser.add_argument("--only", default=",".join(KERNELS), help="kernels, separated by commas")
     options = parser.parse_args(arguments)
     chosen = options.only.split(",")
     if unknown := set(chosen) - set(KERNELS):
         parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(KERNELS)}")
     torch.manual_seed(0)
-    gpu = torch.cuda.is_available()
-    output = options.output
-    if gpu and output is None:  # figures of a CPU are not worth keeping
-        facts = describe(gpu)
-        slug = facts["device"].lower().replace("nvidia ", "").replace(" ", "-")
-        output = Path(f"benchmarks/results/kernels-{slug}-{facts['date']}.json")
-    bench = Bench(torch.device("cuda" if gpu else "cpu"), output)
+    bench = Bench(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.output)
+    if bench.gpu and bench.output is None:  # figures of a CPU are not worth keeping
+        device = bench.description["device"].lower().replace("nvidia ", "").replace(" ", "-")
+        part = "" if len(chosen) == len(KERNELS) else "-" + "-".join(chosen)  # parts do not overwrite each other
+        bench.output = Path(f"benchmarks/results/kernels-{device}-{bench.description['date']}{part}.json")
     print(" | ".join([bench.description["device"], *(f"{key} {value:.3g}" for key, value in bench.ceilings.items())]))
     parts = {
         "mask_tokens": bench_mask_tokens,
@@ -312,8 +310,8 @@ def main(arguments: list[str] | None = None) -> int:
         parts[name](bench)
     if "linear_cross_entropy" in chosen:
         gradient_errors(bench)
-    if output:
-        print(output)
+    if bench.output:
+        print(bench.output)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Draws the figure and prints the table of a kernel benchmark, from its results file and nothing else.
 
-    python tools/plot_kernels.py benchmarks/results/kernels-<gpu>-<date>.json [--output FILE.png]
+    python tools/plot_kernels.py benchmarks/results/kernels-<gpu>-<date>*.json [--output FILE.png]
 
 Left: the loss on logits, milliseconds and the share of the card's own copy bandwidth. Right: LM head and loss at the
 largest shape; hatched bars compute every token, plain ones the masked half, which is all that has a loss.
@@ -31,6 +31,13 @@ def read(path: Path) -> dict[str, Any]:
     except (ValueError, AttributeError):
         pass
     raise ValueError(f"{path} is no results file; tools/benchmark_kernels.py writes them")
+
+
+def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One benchmark that was measured in several parts. Raises ``ValueError`` if the devices or dates differ."""
+    if len({(result["device"], result["date"]) for result in results}) > 1:
+        raise ValueError("the files are of several devices or dates; give those of one")
+    return {**results[0], "rows": [row for result in results for row in result["rows"]]}
 
 
 def largest(result: dict[str, Any], kernel: str) -> list[dict[str, Any]]:
@@ -65,6 +72,9 @@ def draw(result: dict[str, Any], output: Path) -> None:
     titles = {"cross_entropy": "Cross-entropy of logits", "linear_cross_entropy": "LM head and cross-entropy"}
     for axes, (kernel, title) in zip(panels, titles.items(), strict=True):
         rows = largest(result, kernel)[::-1]
+        if not rows:
+            axes.set_axis_off()
+            continue
         names = [row["implementation"] + (f" ({row['form']})" if "form" in row else "") for row in rows]
         colors = [OURS if row["implementation"].startswith("ours") else PEER for row in rows]
         bars = axes.barh(names, [row["ms"] for row in rows], color=colors)
@@ -84,14 +94,14 @@ def draw(result: dict[str, Any], output: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="a file of tools/benchmark_kernels.py")
+    parser.add_argument("results", nargs="+", type=Path, help="files of tools/benchmark_kernels.py, parts of one run")
     parser.add_argument("--output", type=Path, help="the figure (default: beside the file, .png)")
     options = parser.parse_args(arguments)
-    output = options.output or options.results.with_suffix(".png")
+    output = options.output or options.results[0].with_suffix(".png")
     try:
-        result = read(options.results)
+        result = merge([read(path) for path in options.results])
         draw(result, output)
-    except (ValueError, OSError, IndexError) as error:
+    except (ValueError, OSError) as error:
         print(f"plot: {error}", file=sys.stderr)
         return 2
     print(table(result))

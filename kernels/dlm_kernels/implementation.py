@@ -21,6 +21,12 @@ Implementation = Literal["auto", "triton", "torch"]
 Arguments = dict[str, Any]
 
 
+@functools.cache
+def triton_is_installed() -> bool:
+    """Asked in every step, so the search for the package is made once."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def resolve(impl: Implementation, device: torch.device) -> Literal["triton", "torch"]:
     """What ``impl`` means for tensors on ``device``: auto takes Triton on a GPU where it is installed.
 
@@ -29,7 +35,7 @@ def resolve(impl: Implementation, device: torch.device) -> Literal["triton", "to
     """
     if impl not in get_args(Implementation):
         raise ValueError(f"impl is {impl!r}; choose auto, triton or torch")
-    installed = importlib.util.find_spec("triton") is not None
+    installed = triton_is_installed()
     gpu = device.type == "cuda"
     if impl == "triton":
         if not installed:

@@ -21,9 +21,10 @@ from dlm_kernels.loss_parts import (
     require_equal_lengths,
     require_main_grad,
     start_reduction,
+    weight_gradient,
 )
 from dlm_kernels.philox import TOKEN_POSITION_BITS, Purpose, Stream, random_bits, token_counter
-from dlm_kernels.types import MaskedTokens, Masking, NoiseDraw
+from dlm_kernels.types import MaskedTokens, Masking, NoiseDraw, require_consistent
 from dlm_kernels.vocab_parallel import RowStatistics, VocabShard, accumulator, exponentials_, gradient_, merge
 
 
@@ -69,13 +70,8 @@ def mask_tokens(
         ValueError: not exactly one of `draw` and (`levels`, `weights`) is given, `complement` comes with `draw`, or
             seq is too long.
     """
-    if (draw is None) == (levels is None) or (levels is None) != (weights is None):
-        raise ValueError("mask_tokens needs either draw, or levels and weights")
-    if draw is not None and complement is not None:
-        raise ValueError("mask_tokens needs levels and weights where it is given a complement")
     batch, seq = tokens.shape
-    if seq >= 1 << TOKEN_POSITION_BITS:
-        raise ValueError(f"sequences of {seq} tokens are too long: the counter holds positions below 2**22")
+    require_consistent(seq, draw, levels, weights, complement)
     device = tokens.device
     if draw is not None:
         levels, weights = _linear_levels(draw, sample_ids, seed, masking, eligible, seq, purpose, device)
@@ -327,8 +323,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_hidden is not None:
             # Of one dimension or more, or it would be rounded to the gradient's half precision before the product.
             d_hidden = torch.mul(d_hidden, upstream.view(1, 1), out=d_hidden)
-        if d_weight is not None and ctx.into_main_grad:
-            d_weight = add_to_main_grad(ctx.weight, d_weight, upstream)
-        elif d_weight is not None:
-            d_weight = d_weight.mul_(upstream).to(ctx.weight.dtype)
+        if d_weight is not None:
+            finish = add_to_main_grad if ctx.into_main_grad else weight_gradient
+            d_weight = finish(ctx.weight, d_weight, upstream)
         return d_hidden, d_weight, *(None,) * 9

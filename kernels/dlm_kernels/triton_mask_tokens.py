@@ -16,7 +16,7 @@ from torch import Tensor
 from dlm_kernels import noise_levels
 from dlm_kernels import triton_mask_tokens_kernels as kernels
 from dlm_kernels.philox import MASK32, TOKEN_POSITION_BITS, Purpose
-from dlm_kernels.types import MaskedTokens, Masking, NoiseDraw, NoiseMode
+from dlm_kernels.types import MaskedTokens, Masking, NoiseDraw, NoiseMode, require_consistent
 
 # Exact count: longer rows do not stay in the registers of one program, of 512 threads with 16 tokens each.
 MAX_ROW = 8192
@@ -58,13 +58,8 @@ def mask_tokens(
         ValueError: as there, or the tokens or the capacity are too many. Ids in device memory are not checked: those
             outside the global batch of `draw` get the level of another row.
     """
-    if (draw is None) == (levels is None) or (levels is None) != (weights is None):
-        raise ValueError("mask_tokens needs either draw, or levels and weights")
-    if draw is not None and complement is not None:
-        raise ValueError("mask_tokens needs levels and weights where it is given a complement")
     batch, seq = tokens.shape
-    if seq >= 1 << TOKEN_POSITION_BITS:
-        raise ValueError(f"sequences of {seq} tokens are too long: the counter holds positions below 2**22")
+    require_consistent(seq, draw, levels, weights, complement)
     total = batch * seq
     length = total if capacity is None else capacity
     if max(total, length) >= 2**31:
@@ -111,13 +106,12 @@ def mask_tokens(
         "mask_token_id": mask_token_id,
         "EVEN": seq % 2 == 0,
     }
-    with torch.cuda.device_of(tokens):
-        if masking != "exact_count":
-            _mask_blocks(common, noise, drawing, output, TOKEN_POSITION_BITS)
-        elif seq <= (MAX_ROW // 2 if seq % 2 and complement is not None else MAX_ROW):  # odd rows take more registers
-            _mask_rows(common, noise, drawing, output)
-        else:
-            _mask_long_rows(common, noise, drawing, output)
+    if masking != "exact_count":
+        _mask_blocks(common, noise, drawing, output, TOKEN_POSITION_BITS)
+    elif seq <= (MAX_ROW // 2 if seq % 2 and complement is not None else MAX_ROW):  # odd rows take more registers
+        _mask_rows(common, noise, drawing, output)
+    else:
+        _mask_long_rows(common, noise, drawing, output)
     if count is None:
         return result
     found = int(count)

@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from dlm_kernels.philox import TOKEN_POSITION_BITS
+
 Masking = Literal["exact_count", "bernoulli"]
 NoiseMode = Literal["stratified_antithetic", "stratified", "antithetic", "iid"]
 
@@ -45,3 +47,15 @@ class MaskedTokens:
     targets: Tensor
     weights: Tensor
     overflow: Tensor
+
+
+def require_consistent(
+    seq: int, draw: NoiseDraw | None, levels: Tensor | None, weights: Tensor | None, complement: Tensor | None
+) -> None:
+    """Raise ValueError where the arguments of `mask_tokens` that say how much is masked do not fit together."""
+    if (draw is None) == (levels is None) or (levels is None) != (weights is None):
+        raise ValueError("mask_tokens needs either draw, or levels and weights")
+    if draw is not None and complement is not None:
+        raise ValueError("mask_tokens needs levels and weights where it is given a complement")
+    if seq >= 1 << TOKEN_POSITION_BITS:
+        raise ValueError(f"sequences of {seq} tokens are too long: the counter holds positions below 2**22")

@@ -14,7 +14,7 @@ from megatron_dlm.training.checkpoint import Progress
 from megatron_dlm.training.setup import build
 from megatron_dlm.training.step import train_step
 from tests.ranks import run_ranks, start_ranks
-from tests.resuming import continue_run
+from tests.resuming import continue_run, digest
 from tests.runs import tiny_config
 
 TRIES = 20
@@ -26,8 +26,6 @@ def save_every_step(config: Config, log: Path, last: int | None) -> str | None:
 
     Ends after the step ``last``, or waits to be killed.
     """
-    from tests.resuming import digest
-
     training = build(config, parallel.initialize(config.parallel))
     found = checkpoint.find(training)
     progress = checkpoint.load(training, found) if found else Progress(0, 0)

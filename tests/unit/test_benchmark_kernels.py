@@ -40,3 +40,16 @@ def test_another_file_is_no_results_file(tmp_path: Path, capsys: pytest.CaptureF
         (tmp_path / "other.json").write_text(content)
         assert plot_kernels.main([str(tmp_path / "other.json")]) == 2
         assert "other.json is no results file" in capsys.readouterr().err
+
+
+def test_parts_of_a_benchmark_make_one_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = [tmp_path / f"{name}.json" for name in ("mask_tokens", "cross_entropy")]
+    for path in parts:
+        assert main(["--only", path.stem, "--output", str(path)]) == 0
+    capsys.readouterr()
+    assert plot_kernels.main([*map(str, parts), "--output", str(tmp_path / "both.png")]) == 0
+    table = capsys.readouterr().out
+    assert "| mask_tokens |" in table and "| cross_entropy |" in table and (tmp_path / "both.png").exists()
+    parts[0].write_text(parts[0].read_text().replace('"CPU', '"another CPU'))
+    assert plot_kernels.main([*map(str, parts)]) == 2
+    assert "several devices or dates" in capsys.readouterr().err

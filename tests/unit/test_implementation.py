@@ -18,10 +18,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_auto_takes_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(implementation.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(implementation, "triton_is_installed", lambda: True)
     assert resolve("auto", CPU) == resolve("torch", CUDA) == "torch"
     assert resolve("auto", CUDA) == resolve("triton", CUDA) == "triton"
-    monkeypatch.setattr(implementation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(implementation, "triton_is_installed", lambda: False)
     assert resolve("auto", CUDA) == "torch"
     with pytest.raises(ValueError, match="needs the package triton"):
         resolve("triton", CUDA)
@@ -29,7 +29,7 @@ def test_auto_takes_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(implementation.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(implementation, "triton_is_installed", lambda: True)
     with pytest.raises(ValueError, match="needs a GPU"):
         resolve("triton", CPU)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
