@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -109,18 +110,20 @@ class DiffusionTransformer(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(
-        self, tokens: Tensor | None, lengths: Tensor | None = None, batch: Batch | None = None
+        self, tokens: Tensor | None, lengths: Tensor | None = None, batch: Batch | Tensor | None = None
     ) -> Tensor | TokenLosses:
         """Run this chunk.
 
         Args:
             tokens: [batch, seq] int64, the noised tokens xt; needed on the first stage only.
             lengths: [batch] int64 on the CPU, or None where every row is full; needed on every stage.
-            batch: targets and weights; needed on the last stage only.
+            batch: targets and weights; or [n] int64, flat indices into [batch * seq] of the positions whose logits
+                are wanted; needed on the last stage only.
 
         Returns:
             Hidden states [seq/SP, batch, hidden] on all but the last stage. There ``TokenLosses`` of
-            ``batch``, or without one the logits of this rank's columns, [seq, batch, padded_vocab/TP].
+            ``batch``, or the logits of this rank's columns: [n, padded_vocab/TP], or of all positions
+            [seq, batch, padded_vocab/TP].
         """
         hidden = self.embedding(tokens, None) if self.pre_process else None
         length = (hidden if self.pre_process else self.decoder.input_tensor).shape[0]
@@ -131,6 +134,8 @@ class DiffusionTransformer(LanguageModule):
             return hidden
         if batch is None:
             return self.output_layer(hidden, weight=self.head_weight())[0]
+        if isinstance(batch, Tensor):
+            return self._logits(hidden, batch, columns=length)
         return self._loss(hidden, batch)
 
     def head_weight(self) -> Tensor:
@@ -139,6 +144,13 @@ class DiffusionTransformer(LanguageModule):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
+    def _logits(self, hidden: Tensor, rows: Tensor, columns: int) -> Tensor:
+        """The head on some positions of [batch, columns] only."""
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        rows = _sequence_first_rows(rows, hidden.shape[1], columns)
+        return F.linear(hidden.flatten(0, 1)[rows], self.head_weight())
+
     def _loss(self, hidden: Tensor, batch: Batch) -> TokenLosses:
         """The head and the loss on the batch's rows only; full logits never exist."""
         size, seq = batch.inputs.shape
@@ -146,8 +158,7 @@ class DiffusionTransformer(LanguageModule):
         if rows is None:  # every position: targets go to the order of the hidden states, [seq, batch]
             targets, weights = _to_sequence_first(targets, size), _to_sequence_first(weights, size)
         else:
-            padding = rows == size * seq
-            rows = torch.where(padding, rows, (rows % seq) * size + rows // seq)
+            rows = torch.where(rows == size * seq, rows, _sequence_first_rows(rows, size, seq))
         head = self.head_weight()
         loss, cross_entropy, correct = linear_cross_entropy(
             hidden.flatten(0, 1),
@@ -169,15 +180,23 @@ class DiffusionTransformer(LanguageModule):
         return TokenLosses(loss, cross_entropy, correct)
 
 
+def _sequence_first_rows(rows: Tensor, size: int, seq: int) -> Tensor:
+    """Flat indices into [size * seq] -> those of the same positions in [seq * size]."""
+    return rows % seq * size + rows // seq
+
+
 def _to_sequence_first(values: Tensor, outer: int) -> Tensor:
     """[outer * inner] -> the same values in transposed order, [inner * outer]."""
     return values.view(outer, -1).t().flatten()
 
 
-def build_model(config: Config, topology: Topology, *, vocab_size: int) -> list[DiffusionTransformer]:
-    """This rank's chunks (one, or one per virtual stage), initialised, on the topology's device.
+def build_model(
+    config: Config, topology: Topology, *, vocab_size: int, initialize: bool = True
+) -> list[DiffusionTransformer]:
+    """This rank's chunks (one, or one per virtual stage) on the topology's device.
 
-    Raises ``ConfigError`` for a pass-through mapping that megatron refuses.
+    The weights are initialised, unless ``initialize`` is false because they will be loaded. Raises
+    ``ConfigError`` for a pass-through mapping that megatron refuses.
     """
     megatron_config = transformer_config(config)
     model, chunks = config.model, []
@@ -197,5 +216,6 @@ def build_model(config: Config, topology: Topology, *, vocab_size: int) -> list[
                 vp_stage=stage if topology.virtual_size > 1 else None,
             )
         )
-    initialize_weights(chunks, seed=config.run.seed, num_layers=model.num_layers, std=model.init_std)
+    if initialize:
+        initialize_weights(chunks, seed=config.run.seed, num_layers=model.num_layers, std=model.init_std)
     return chunks

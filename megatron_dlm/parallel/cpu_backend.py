@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._device import _device_constructors
 
 # Tensor constructors to which megatron-core passes device="cuda" or torch.cuda.current_device().
 _FACTORIES = (
@@ -105,6 +106,9 @@ def _replace_cuda_namespace(generator: torch.Generator) -> None:
 
 
 def _replace_tensor_functions(generator: torch.Generator) -> None:
+    # `with torch.device(...)` looks functions up in a set that is made when it is first asked for: while the
+    # constructors have their names. transformers builds models on the meta device that way.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.to = _on_cpu(torch.Tensor.to)

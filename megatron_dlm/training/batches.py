@@ -26,8 +26,8 @@ class MicroBatch(NamedTuple):
     """[micro_batch, seq] int64 model inputs (xt); None on the middle stages, which read no tokens."""
     lengths: Tensor | None
     """[micro_batch] int64 on the CPU; None where every row is full."""
-    batch: Batch | None
-    """Targets and weights; None on the middle stages and where logits are wanted."""
+    batch: Batch | Tensor | None
+    """Targets and weights, or the positions whose logits are wanted; None on the middle stages, and for all logits."""
 
 
 class BatchStream:

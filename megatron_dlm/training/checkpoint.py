@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,9 +24,12 @@ from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.errors import TrainingError
 from megatron_dlm.model.initialization import CHECKPOINT_METADATA
-from megatron_dlm.training import manifest
-from megatron_dlm.training.setup import Training
+from megatron_dlm.storage import manifest
+from megatron_dlm.storage.locate import CONFIG, INFO, SMALL, TOKENIZER
 from megatron_dlm.training.sharded_state import read_sharded, write_sharded
+
+if TYPE_CHECKING:
+    from megatron_dlm.training.setup import Training
 
 # Optimizer state in terms of whole parameters: any layout may load what another has saved.
 _METADATA = {
@@ -34,8 +37,6 @@ _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
 }
-_INFO, _CONFIG = "checkpoint.json", "config.yaml"
-_SMALL = (_INFO, _CONFIG, ".metadata", "common.pt", "metadata.json")
 _NAME = re.compile(r"step-(\d{8,})")
 # What defines the trajectory: a resumed run must have the same values. Layout, precision, schedule and
 # intervals may change.
@@ -89,7 +90,7 @@ def save(training: Training, progress: Progress) -> Path:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise TrainingError(
-            f"cannot write checkpoint {final}: {_cause(error)}; make room or correct that, and the same command "
+            f"cannot write checkpoint {final}: {cause(error)}; make room or correct that, and the same command "
             "continues from the checkpoint before, if there is one"
         ) from None
     if dist.get_rank() == 0:
@@ -111,7 +112,7 @@ def load(training: Training, directory: Path) -> Progress:
     try:
         state = read_sharded(template, directory)
     except (OSError, CheckpointException, pickle.UnpicklingError) as error:
-        raise TrainingError(f"cannot read checkpoint {directory}: {_cause(error)}; restore or remove it") from None
+        raise TrainingError(f"cannot read checkpoint {directory}: {cause(error)}; restore or remove it") from None
     for index, chunk in enumerate(training.chunks):
         chunk.module.load_state_dict(state[f"model{index}"])
     training.optimizer.load_state_dict(state["optimizer"])
@@ -128,7 +129,7 @@ def find(training: Training) -> Path | None:
     damaged: list[str] = []
 
     def verify(directory: Path) -> str | None:
-        fault = _shared_fault(directory)
+        fault = shared_fault(directory)
         if fault:
             damaged.append(f"checkpoint {directory} is damaged: {fault}")
         return fault
@@ -144,7 +145,7 @@ def find(training: Training) -> Path | None:
 def check_sizes(directory: Path) -> str | None:
     """Whether the checkpoint is complete, without reading its large files: a sentence about the first fault."""
     try:
-        return manifest.find_fault(directory, content=False) or manifest.find_fault(directory, _SMALL)
+        return manifest.find_fault(directory, content=False) or manifest.find_fault(directory, SMALL)
     except OSError as error:
         raise _unreadable(directory, error.strerror) from None
 
@@ -188,6 +189,11 @@ def checkpoint_root(config: Config) -> Path:
     return Path(config.run.directory) / "checkpoints"
 
 
+def exists(config: Config) -> bool:
+    """Whether a run has checkpoints, sound or not: then it continues, or is refused. Raises ``ConfigError``."""
+    return bool(_candidates(checkpoint_root(config)))
+
+
 def _candidates(root: Path) -> list[Path]:
     """What ``latest`` names and what is older, newest first; newer ones are of a branch that was given up."""
     directories = _checkpoints(root)
@@ -212,10 +218,10 @@ def _checkpoints(root: Path) -> list[Path]:
 def _require_same_run(directory: Path, config: Config, tokenizer: Tokenizer, train_data: Dataset, steps: int) -> None:
     """Raise ``ConfigError`` where the configuration or the data contradicts the checkpoint."""
     try:
-        saved = from_dict(read_yaml(str(directory / _CONFIG)))
+        saved = from_dict(read_yaml(str(directory / CONFIG)))
     except ConfigError as error:
         raise ConfigError(f"{directory} is of another version of megatron_dlm: {error}") from None
-    info = json.loads((directory / _INFO).read_text())
+    info = json.loads((directory / INFO).read_text())
     pairs = [(key, _lookup(saved, key), _lookup(config, key)) for key in _BINDING]
     pairs.append(("the fingerprint of data.tokenizer", info["tokenizer_fingerprint"], tokenizer.fingerprint))
     sources = _describe_sources(config, train_data)
@@ -230,12 +236,12 @@ def _require_same_run(directory: Path, config: Config, tokenizer: Tokenizer, tra
         )
 
 
-def _shared_fault(directory: Path) -> str | None:
+def shared_fault(directory: Path) -> str | None:
     """``manifest.find_fault`` with the reading shared among the ranks; collective, the same answer everywhere."""
     fault = unreadable = None
     try:
         records = manifest.read(directory)
-        names = sorted({*records, *_SMALL}, key=lambda name: records[name].size if name in records else 0, reverse=True)
+        names = sorted({*records, *SMALL}, key=lambda name: records[name].size if name in records else 0, reverse=True)
         fault = manifest.find_fault(directory, names[dist.get_rank() :: dist.get_world_size()])
     except ValueError as error:
         fault = str(error)
@@ -272,8 +278,8 @@ def _begin(root: Path, partial: Path) -> None:
 
 def _describe(training: Training, progress: Progress, directory: Path, known: dict[str, manifest.FileRecord]) -> None:
     """The resolved configuration, the tokenizer and the versions; the manifest makes it complete."""
-    (directory / _CONFIG).write_text(dump_yaml(training.config))
-    training.tokenizer.save(directory / "tokenizer")
+    (directory / CONFIG).write_text(dump_yaml(training.config))
+    training.tokenizer.save(directory / TOKENIZER)
     info = {
         **progress._asdict(),
         "consumed_samples": progress.step * training.train_stream.global_batch_size,
@@ -288,7 +294,7 @@ def _describe(training: Training, progress: Progress, directory: Path, known: di
             "python": platform.python_version(),
         },
     }
-    (directory / _INFO).write_text(json.dumps(info, indent=2) + "\n")
+    (directory / INFO).write_text(json.dumps(info, indent=2) + "\n")
     manifest.write(directory, known)
 
 
@@ -344,7 +350,7 @@ def _on_rank_zero(action: Callable[[], None]) -> None:
         raise failure[0]
 
 
-def _cause(error: Exception) -> str:
+def cause(error: Exception) -> str:
     """What went wrong, in a line; torch's exception has the errors of all ranks."""
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]

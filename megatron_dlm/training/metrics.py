@@ -7,7 +7,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,8 @@ class Reporter:
                 self._evaluated.add(record["step"])
             elif record["step"] == first_step:
                 self.flops_before = record.get("training_flops")
+        self._samples = directory / "samples.jsonl"
+        self._sampled = {record["step"] for record in _drop_after(self._samples, first_step)}
         self._recent: list[dict[str, Any]] = []
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._board = _tensorboard(directory / "tensorboard", first_step)
@@ -179,6 +181,19 @@ class Reporter:
             f"{record['valid_perplexity_bound']:.5g} | unigram {record['valid_unigram']:.4f} nats/tok"
         )
 
+    def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Record texts (prompt, what follows) in samples.jsonl and TensorBoard, and print them."""
+        if not self.active:
+            return
+        if step not in self._sampled:
+            with self._samples.open("a", encoding="utf-8") as file:
+                for prompt, text in samples:
+                    file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
+        for index, (prompt, text) in enumerate(samples):
+            if self._board:
+                self._board.add_text(f"samples/{index}", _as_markdown(prompt + text), step)
+            self.say(f"step {step}/{self.steps} | sample {index}: {shown(prompt)} -> {shown(text)}")
+
     def say(self, line: str) -> None:
         """Print a line, above the progress bar where there is one."""
         if self.active:
@@ -204,6 +219,17 @@ class Reporter:
             for name, number in values.items():
                 if self._board and name != "step" and isinstance(number, (int, float)):
                     self._board.add_scalar(name, number, record["step"])
+
+
+def shown(text: str) -> str:
+    """In quotes on one line, with escapes for what a terminal would obey."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in quoted)
+
+
+def _as_markdown(text: str) -> str:
+    """An indented block, which TensorBoard shows as it is."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
 def _tensorboard(directory: Path, first_step: int) -> Any:

@@ -91,6 +91,15 @@ class Optimizer:
             saved.update({key: value for key, value in settings.items() if key not in ("params", "step")})
         self.megatron.load_state_dict(state)
 
+    def set_main_weights(self, weights: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Take fp32 values that the parameters have already been given; in bf16 those were rounded.
+
+        Args:
+            weights: whole parameters of this rank, by ``model{chunk}`` and name.
+        """
+        for part in self.parts:
+            part.reload_model_params(weights)
+
     def zero_grad(self) -> None:
         """Clear the gradient buffers and the optimizer's gradients."""
         for chunk in self.chunks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,13 @@ class RunLog:
                 "optimizer.lr, or raise train.max_skipped_steps"
             )
 
-    def evaluation(self, record: dict[str, Any]) -> None:
-        """Record an evaluation."""
-        self._evaluation = record
-        self._reporter.evaluation(record)
+    def evaluation(self, step: int, record: dict[str, Any] | None, samples: Sequence[tuple[str, str]]) -> None:
+        """Record an evaluation after ``step`` steps: held-out figures, if any, and samples (prompt, what follows)."""
+        if record is not None:
+            self._evaluation = record
+            self._reporter.evaluation(record)
+        if samples:
+            self._reporter.samples(step, samples)
 
     def close(self, progress: Progress, checkpoint: Path | None) -> None:
         """Close the files and print how the run ended and what to do next."""
@@ -154,4 +158,6 @@ def banner(training: Training, resumed: Path | None) -> list[str]:
     ]
     if resumed:
         lines.append(f"resume     {resumed}")
+    elif training.weights_from:
+        lines.append(f"weights    from {training.weights_from}")
     return lines

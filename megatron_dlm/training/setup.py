@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron.core.distributed import DistributedDataParallel
 
@@ -16,6 +17,7 @@ from megatron_dlm.model.transformer import build_model
 from megatron_dlm.parallel.topology import Topology
 from megatron_dlm.training.batches import BatchStream
 from megatron_dlm.training.optimizer import Optimizer, wrap
+from megatron_dlm.training.weights import load_initial_weights
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Training:
     train_stream: BatchStream
     valid_stream: BatchStream | None
     steps: int
+    weights_from: Path | None = None
+    """The checkpoint whose weights the run began with, where it begins now and not with random ones."""
 
     @property
     def valid_sequences(self) -> int:
@@ -42,24 +46,30 @@ class Training:
 def build(config: Config, topology: Topology) -> Training:
     """Open the data, build and initialise the model, wrap it, and create its optimizer; collective.
 
-    Raises ``ConfigError`` or ``DataError`` with a one-line cause.
+    Raises ``ConfigError``, ``DataError`` or ``TrainingError`` with a one-line cause.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     train_data, valid_data = open_data(config, tokenizer)
     objective = build_objective(
         config, mask_token_id=tokenizer.mask_token_id, end_of_document_id=tokenizer.end_of_document_id
     )
-    chunks = wrap(build_model(config, topology, vocab_size=tokenizer.vocab_size), config)
     steps = total_steps(config, train_data)
+    bare = build_model(config, topology, vocab_size=tokenizer.vocab_size)
+    initial = load_initial_weights(config, bare)
+    chunks = wrap(bare, config)
+    optimizer = Optimizer(config, chunks, steps=steps)
+    if initial:
+        optimizer.set_main_weights(initial.main)
     return Training(
         config=config,
         topology=topology,
         tokenizer=tokenizer,
         chunks=chunks,
-        optimizer=Optimizer(config, chunks, steps=steps),
+        optimizer=optimizer,
         train_stream=BatchStream(config, train_data, objective, topology),
         valid_stream=BatchStream(config, valid_data, objective, topology) if valid_data else None,
         steps=steps,
+        weights_from=initial.directory if initial else None,
     )
 
 

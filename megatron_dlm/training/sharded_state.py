@@ -8,13 +8,8 @@ code. ``megatron.core.dist_checkpointing.load`` of any supported version reads t
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import io
-import json
-import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +20,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
-from torch.distributed.checkpoint import metadata as index
-from torch.distributed.checkpoint.filesystem import FileSystem
 
-from megatron_dlm.training.manifest import FileRecord
-
-_COMMON, _FORMAT = "common.pt", "metadata.json"
-_BACKEND = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
+from megatron_dlm.storage.manifest import FileRecord
+from megatron_dlm.storage.tensor_files import COMMON, TensorReader, TensorWriter
 
 
 def write_sharded(state: dict[str, Any], directory: Path, metadata: dict[str, Any]) -> dict[str, FileRecord]:
@@ -55,10 +41,10 @@ def write_sharded(state: dict[str, Any], directory: Path, metadata: dict[str, An
     """
     sharded, common = save_preprocess({**state, "content_metadata": metadata})
     flat, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(_tensors(sharded), True)
-    writer = _Writer(directory, common)
+    writer = TensorWriter(directory, common)
     planner = torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     dcp.save(torch_dist.mcore_to_pyt_state_dict(flat, False), storage_writer=writer, planner=planner)
-    return writer.fs.records
+    return writer.records
 
 
 def read_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -69,7 +55,7 @@ def read_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
         pickle.UnpicklingError: the index or the plain values hold something else than they should.
     """
     sharded, nonpersistent, factories = load_preprocess(state)
-    result = torch.load(directory / _COMMON, map_location="cpu", weights_only=True)
+    result = torch.load(directory / COMMON, map_location="cpu", weights_only=True)
     merge(result, nonpersistent)
     template = _tensors(extract_sharded_base(sharded)[0])
     flat, flat_names, names = torch_dist._replace_state_dict_keys_with_sharded_keys(template)
@@ -79,7 +65,7 @@ def read_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
         flatten_state_dict=False,
         flatten_sharded_tensors=False,
     )
-    dcp.load(tensors, storage_reader=_Reader(directory), planner=planner)
+    dcp.load(tensors, storage_reader=TensorReader(directory), planner=planner)
     loaded = {key: torch_dist._unwrap_pyt_sharded_tensor(value) for key, value in tensors.items()}
     loaded = torch_dist._replace_sharded_keys_with_state_dict_keys(loaded, flat_names, names)
     torch_dist._restore_dict_types(loaded, template)
@@ -90,88 +76,6 @@ def read_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
 def _tensors(sharded: dict[str, Any]) -> dict[str, Any]:
     """Without the pickled objects: Transformer Engine's (empty) extra states, which other layers do not have."""
     return extract_matching_values(sharded, lambda value: not isinstance(value, ShardedObject))[0]
-
-
-class _Writer(dcp.FileSystemWriter):
-    def __init__(self, directory: Path, common: dict[str, Any]) -> None:
-        super().__init__(directory, single_file_per_rank=True, sync_files=True)
-        self.fs = _HashingFileSystem()
-        self._common = common
-
-    def storage_meta(self) -> index.StorageMeta:
-        """Nothing: torch's has the path written to, which is not the path the checkpoint will have."""
-        return index.StorageMeta()
-
-    def finish(self, metadata: index.Metadata, results: Any) -> None:
-        """Write the index and the plain values; on rank 0, while the others wait for its result."""
-        super().finish(metadata, results)
-        buffer = io.BytesIO()
-        torch.save(self._common, buffer)
-        (Path(self.path) / _COMMON).write_bytes(buffer.getvalue())
-        (Path(self.path) / _FORMAT).write_text(json.dumps(_BACKEND))
-
-
-class _HashingFileSystem(FileSystem):
-    """Knows size and digest of the tensor files that were written through it."""
-
-    def __init__(self) -> None:
-        self.records: dict[str, FileRecord] = {}
-
-    @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
-        if mode != "wb":
-            with super().create_stream(path, mode) as stream:
-                yield stream
-            return
-        with _HashingWriter(path) as stream:
-            yield stream
-        if Path(path).suffix == ".distcp":
-            self.records[Path(path).name] = FileRecord(stream.size, stream.sha256.hexdigest())
-
-
-class _HashingWriter(io.BufferedWriter):
-    def __init__(self, path: str | os.PathLike) -> None:
-        super().__init__(io.FileIO(path, "w"), buffer_size=1 << 20)
-        self.sha256, self.size = hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        self.size += memoryview(data).nbytes
-        return super().write(data)
-
-
-class _Reader(dcp.FileSystemReader):
-    """Has read the index of tensors, a pickle, without letting it call anything."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
-        with open(directory / ".metadata", "rb") as file:
-            self._index = _IndexUnpickler(file).load()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> index.Metadata:
-        self._index.storage_meta = index.StorageMeta(load_id=self.load_id)
-        return self._index
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Knows the classes of the index, dtypes, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _INDEX_NAMES:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module == _INDEX and getattr(getattr(index, name, None), "__module__", None) == _INDEX:
-            return getattr(index, name)
-        raise pickle.UnpicklingError(f"refusing to load {module}.{name} from an index of tensors")
-
-
-_INDEX = index.__name__
-_INDEX_NAMES = {
-    ("torch", "Size"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-}
 
 
 class _TensorPlanner(torch_dist.MCoreLoadPlanner):

@@ -14,6 +14,7 @@ from megatron_dlm.config_loading import from_dict
 from megatron_dlm.config_validation import check_schedule, validate
 from megatron_dlm.data.tokenizer import load_tokenizer
 from megatron_dlm.evaluation.held_out import held_out_nelbo, unigram_cross_entropy
+from megatron_dlm.evaluation.samples import Sample, check_samples, write_samples
 from megatron_dlm.parallel import topology as parallel
 from megatron_dlm.parallel.megatron_config import check_pass_through
 from megatron_dlm.training import checkpoint
@@ -23,6 +24,7 @@ from megatron_dlm.training.resilience import EXIT_REQUEUE, StopSignal
 from megatron_dlm.training.run_log import RunLog
 from megatron_dlm.training.setup import Training, build, open_data, total_steps
 from megatron_dlm.training.step import train_step
+from megatron_dlm.training.weights import check_initial_weights
 
 
 def preflight(config: Config, *, world_size: int | None = None) -> None:
@@ -37,7 +39,9 @@ def preflight(config: Config, *, world_size: int | None = None) -> None:
     train_data, _ = open_data(config, tokenizer)
     steps = total_steps(config, train_data)
     check_schedule(config, steps)
-    checkpoint.resumable(config, tokenizer, train_data, steps=steps)
+    check_samples(config, tokenizer)
+    if checkpoint.resumable(config, tokenizer, train_data, steps=steps) is None:
+        check_initial_weights(config, tokenizer)
 
 
 def _check_kernels(config: Config) -> None:
@@ -68,7 +72,7 @@ def train(training: Training) -> bool:
     if progress.step < training.steps:
         log.note(dry_batch(training, step=progress.step))
     if saved and evaluate.is_due(progress.step):  # a stop may have come between the save and the evaluation
-        log.evaluation(evaluate(progress.step))
+        log.evaluation(progress.step, *evaluate(progress.step))
     with StopSignal(announce=training.topology.rank == 0) as stop:
         while progress.step < training.steps and not stopped:
             log.restart_clock()
@@ -79,27 +83,32 @@ def train(training: Training) -> bool:
             if stopped or last or step % config.checkpoint.interval == 0:
                 saved = checkpoint.save(training, progress)
             if (last or not stopped) and evaluate.is_due(step):
-                log.evaluation(evaluate(step))
+                log.evaluation(step, *evaluate(step))
     log.close(progress, saved)
     return progress.step == training.steps
 
 
 class Evaluator:
-    """Held-out NELBO beside the held-out unigram cross-entropy, which is what token frequencies alone reach."""
+    """Samples, and the held-out NELBO beside the unigram cross-entropy, which is what token frequencies alone reach."""
 
     def __init__(self, training: Training) -> None:
         self._training = training
         self._unigram: float | None = None
 
     def is_due(self, step: int) -> bool:
-        """Every ``evaluate.interval`` steps and after the last one, where there is validation data."""
-        due = step % self._training.config.evaluate.interval == 0 or step == self._training.steps
-        return due and self._training.valid_stream is not None
+        """Every ``evaluate.interval`` steps and after the last one, where there is something to do."""
+        training = self._training
+        due = step % training.config.evaluate.interval == 0 or step == training.steps
+        return due and (training.valid_stream is not None or bool(training.config.evaluate.samples))
 
-    def __call__(self, step: int) -> dict[str, Any]:
-        """The evaluation record after ``step`` completed steps; collective."""
+    def __call__(self, step: int) -> tuple[dict[str, Any] | None, list[Sample]]:
+        """The evaluation record after ``step`` steps, None without held-out data, and the samples; collective."""
+        return self._held_out(step), write_samples(self._training)
+
+    def _held_out(self, step: int) -> dict[str, Any] | None:
         training, count = self._training, self._training.valid_sequences
-        assert training.valid_stream is not None
+        if training.valid_stream is None:
+            return None
         result = held_out_nelbo(training.chunks, training.valid_stream, training.topology, num_sequences=count)
         if self._unigram is None:
             counts = training.train_stream.dataset.unigram_counts(training.tokenizer.vocab_size)

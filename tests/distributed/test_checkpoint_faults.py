@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from megatron_dlm.config import Config, ConfigError
 from megatron_dlm.errors import TrainingError
 from megatron_dlm.parallel import topology as parallel
-from megatron_dlm.training import checkpoint, manifest
+from megatron_dlm.storage import manifest
+from megatron_dlm.training import checkpoint
 from megatron_dlm.training.checkpoint import Progress
 from megatron_dlm.training.setup import Training, build
 from megatron_dlm.training.step import train_step

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dlm.training import manifest
-from megatron_dlm.training.manifest import FileRecord
+from megatron_dlm.storage import manifest
+from megatron_dlm.storage.manifest import FileRecord
 
 
 @pytest.fixture
