@@ -1,0 +1,358 @@
+"""Text out of a masked diffusion model: masks are filled in, the most certain first, as in LLaDA.
+
+Pure functions of ``denoise``. This file imports torch only, because a copy of it ships inside every export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Remasking = Literal["low_confidence", "margin", "entropy", "random"]
+
+Denoise = Callable[[Tensor, "Tensor | None", Tensor], Tensor]
+"""``denoise(tokens, lengths, rows) -> logits``.
+
+tokens: [batch, seq] int64; lengths: [batch] int64 on the CPU, real tokens of every row, or None where all are full;
+rows: [n] int64, flat indices into [batch * seq] of the positions that are asked for; logits: [n, vocab].
+"""
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """How masks are filled in. Raises ``ValueError`` for what contradicts itself, in one line."""
+
+    steps: int | None = None
+    """Denoising steps of every sequence, over all its blocks; None: one for each token."""
+    block_length: int | None = None
+    """Masks that are filled in before those to their right are; None: all at once."""
+    remasking: Remasking = "low_confidence"
+    """Which candidates are kept: those of the largest probability, of the largest margin between the two best tokens,
+    of the smallest entropy, or any; the others stay masked."""
+    threshold: float | None = None
+    """Keep every candidate whose confidence is above this, and at least one, instead of a fixed number a step."""
+    temperature: float = 0.0
+    """Of the Gumbel noise on the logits; 0: the token of the largest logit."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens that has this much probability (with a temperature)."""
+    guidance: float = 0.0
+    """Classifier-free guidance: logits = without + (guidance + 1) * (with - without the prompt); 0: none."""
+    seed: int = 0
+    """Row i of a batch draws from (seed, i), whatever else is in the batch."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "block_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.remasking not in get_args(Remasking):
+            raise ValueError(f"remasking {self.remasking!r} is unknown; choose from {', '.join(get_args(Remasking))}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be a finite number, at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not -1 <= self.guidance < float("inf"):
+            raise ValueError(f"guidance is {self.guidance}; it must be a finite number, at least -1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0 and below 2**32")
+        if self.threshold is not None:
+            if self.steps is not None:
+                raise ValueError("steps and threshold both say how many tokens a step fills in; give one of them")
+            if self.remasking == "random":
+                raise ValueError("threshold needs a confidence, which random remasking has not; choose another")
+
+
+class Step(NamedTuple):
+    """What one forward has filled in; tensors are on the CPU."""
+
+    number: int
+    """Forwards so far; 0 for the start."""
+    tokens: Tensor
+    """[batch, seq] int64, [MASK] where nothing is decided; rows that are shorter are padded at the right."""
+    lengths: list[int]
+    """Real tokens of every row."""
+    revealed: Tensor
+    """[batch, seq] bool: filled in by this step."""
+    confidence: Tensor
+    """[batch, seq] fp32: probability of the tokens filled in by this step, 0 elsewhere."""
+
+
+class Samples(NamedTuple):
+    """Finished sequences."""
+
+    tokens: list[list[int]]
+    """Every row: the prompt, its masks filled in, and the new tokens; behind the first end-of-document that is new
+    there is only end-of-document."""
+    prompt_lengths: list[int]
+    """Tokens of every row that were given."""
+    end_of_document_id: int | None
+    forwards: int
+    """Calls of ``denoise``."""
+    sequence_forwards: int
+    """Sequences in all those calls together."""
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """Every row up to the first new end-of-document, without it."""
+        end = self.end_of_document_id
+        rows = zip(self.tokens, self.prompt_lengths, strict=True)
+        return [row if end is None or end not in row[start:] else row[: row.index(end, start)] for row, start in rows]
+
+    @property
+    def continuations(self) -> list[list[int]]:
+        """The new tokens behind every prompt, up to end-of-document."""
+        return [row[start:] for row, start in zip(self.texts, self.prompt_lengths, strict=True)]
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoise,
+    prompts: Sequence[Sequence[int]],
+    options: SamplerOptions | None = None,
+    *,
+    mask_token_id: int,
+    end_of_document_id: int | None = None,
+    max_new_tokens: int = 0,
+    forbidden_token_ids: Sequence[int] = (),
+    device: torch.device | str = "cpu",
+    on_step: Callable[[Step], None] | None = None,
+) -> Samples:
+    """Fill in the masks of prompts and of ``max_new_tokens`` masks behind each.
+
+    Rows are independent: blocks count a row's own masks from the left, rows of all lengths go through the model
+    together, aligned at the left and attending within their lengths, and a finished row is not forwarded again. A row
+    is finished when it has no mask, or none before the first end-of-document behind its prompt.
+
+    The algorithm is LLaDA's (arXiv 2502.09992, algorithms 4 and 5); but [MASK] is never a candidate.
+
+    Args:
+        denoise: the model; see ``Denoise``.
+        prompts: token ids, [MASK] wherever something is to be filled in.
+        end_of_document_id: stop here; None: never.
+        max_new_tokens: masks behind every prompt.
+        forbidden_token_ids: further ids that are never filled in.
+        device: of the tensors that ``denoise`` is given.
+        on_step: called with the start, and after every forward.
+
+    Raises:
+        ValueError: a prompt without tokens and no new ones, or fewer ``steps`` than blocks.
+    """
+    options = options or SamplerOptions()
+    state = _State(prompts, options, mask_token_id, end_of_document_id, max_new_tokens, device)
+    forbidden = torch.tensor(sorted({mask_token_id, *forbidden_token_ids}), device=device)
+    forwards = sequence_forwards = 0
+    if on_step:
+        on_step(state.step(0))
+    while active := state.unfinished():
+        tokens, lengths, rows, counts = state.inputs(active)
+        if options.guidance:
+            logits = _guided(denoise, tokens, lengths, rows, state.given[active], mask_token_id, options.guidance)
+        else:
+            logits = denoise(tokens, lengths, rows)
+        logits = logits.double().index_fill_(1, forbidden, float("-inf"))
+        generators = [state.generators[row] for row in active]
+        candidates, probability, confidence = _candidates(logits, counts, options, generators)
+        forwards += 1
+        sequence_forwards += len(active) * (2 if options.guidance else 1)
+        state.fill(active, rows, candidates, probability, confidence)
+        if on_step:
+            on_step(state.step(forwards))
+    return Samples(state.rows(), state.prompt_lengths, end_of_document_id, forwards, sequence_forwards)
+
+
+def next_token(denoise: Denoise, first_token_id: int) -> Denoise:
+    """A causal model as a denoiser: its inputs are the tokens shifted right behind ``first_token_id``, as in training.
+
+    Sample from it with ``block_length=1``. Columns behind the last one that is asked for are left out.
+    """
+
+    def shifted(tokens: Tensor, lengths: Tensor | None, rows: Tensor) -> Tensor:
+        size, seq = tokens.shape
+        columns = int((rows % seq).max()) + 1
+        first = tokens.new_full((size, 1), first_token_id)
+        inputs = torch.cat((first, tokens[:, : columns - 1]), dim=1)
+        lengths = None if lengths is None else lengths.clamp(max=columns)
+        return denoise(inputs, lengths, rows // seq * columns + rows % seq)
+
+    return shifted
+
+
+class _State:
+    """The rows while they are filled in."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: SamplerOptions,
+        mask_token_id: int,
+        end_of_document_id: int | None,
+        max_new_tokens: int,
+        device: torch.device | str,
+    ) -> None:
+        self.options = options
+        self.mask_token_id = mask_token_id
+        self.end_of_document_id = end_of_document_id
+        self.prompt_lengths = [len(prompt) for prompt in prompts]
+        self.lengths = [length + max_new_tokens for length in self.prompt_lengths]
+        if not prompts or min(self.lengths) == 0:
+            raise ValueError("a prompt has no tokens, and no new ones are wanted; give max_new_tokens")
+        width = max(self.lengths)
+        padded = [[*prompt, *[mask_token_id] * (width - len(prompt))] for prompt in prompts]
+        self.tokens = torch.tensor(padded, dtype=torch.int64, device=device)
+        self.size = torch.tensor(self.lengths)
+        column = torch.arange(width, device=device)
+        inside = column < self.size.to(device)[:, None]
+        self.new = inside & (column >= torch.tensor(self.prompt_lengths, device=device)[:, None])
+        self.masked = inside & (self.tokens == mask_token_id)
+        self.given = inside & ~self.masked
+        self.block = (self.masked.cumsum(1) - 1) // (options.block_length or width)
+        self.quotas = [self._quotas(int(count)) for count in self.masked.sum(1)]
+        self.taken = [0] * len(prompts)  # steps of every row
+        self.generators = [torch.Generator(device).manual_seed(options.seed << 20 | row) for row in range(len(prompts))]
+        self.revealed = torch.zeros_like(self.masked)
+        self.confidence = torch.zeros_like(self.tokens, dtype=torch.float32)
+
+    def _quotas(self, masks: int) -> list[int]:
+        """Tokens that a row of so many masks keeps in each of its steps; with a threshold not used."""
+        length = self.options.block_length or max(masks, 1)
+        blocks = [min(length, masks - start) for start in range(0, masks, length)]
+        if self.options.steps is None:
+            return [1] * masks
+        if self.options.steps < len(blocks):
+            raise ValueError(
+                f"steps ({self.options.steps}) must be at least the number of blocks ({len(blocks)}); give more, or a "
+                "larger block_length"
+            )
+        share, extra = divmod(self.options.steps, len(blocks)) if blocks else (0, 0)
+        quotas = []
+        for index, count in enumerate(blocks):
+            steps = min(share + (index < extra), count)
+            quotas += [count // steps + (step < count % steps) for step in range(steps)]
+        return quotas
+
+    def unfinished(self) -> list[int]:
+        """Rows with a mask, and one before the first new end-of-document."""
+        relevant = self.masked
+        if self.end_of_document_id is not None:
+            ended = (self.new & (self.tokens == self.end_of_document_id)).cumsum(1) > 0
+            relevant = relevant & ~ended
+        return relevant.any(1).nonzero().flatten().tolist()
+
+    def inputs(self, active: list[int]) -> tuple[Tensor, Tensor | None, Tensor, list[int]]:
+        """The arguments of ``denoise`` for the masks of the rows' current blocks, and how many each row has."""
+        size = self.size[active]
+        width = int(size.max())
+        block, masked = self.block[active, :width], self.masked[active, :width]
+        current = torch.where(masked, block, block.shape[1]).amin(1, keepdim=True)
+        wanted = masked & (block == current)
+        lengths = None if bool((size == width).all()) else size
+        return self.tokens[active, :width], lengths, wanted.flatten().nonzero().flatten(), wanted.sum(1).tolist()
+
+    def fill(
+        self, active: list[int], rows: Tensor, candidates: Tensor, probability: Tensor, confidence: Tensor
+    ) -> None:
+        """Keep the best candidates [n], of the positions ``rows``, of the active rows; the others stay masked."""
+        width = int(self.size[active].max())
+        scores = torch.full((len(active) * width,), float("-inf"), dtype=torch.float64, device=confidence.device)
+        scores = scores.index_copy_(0, rows, confidence).view(len(active), width)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        if self.options.threshold is None:
+            quota = torch.tensor([self.quotas[row][self.taken[row]] for row in active], device=scores.device)
+            best = torch.arange(width, device=scores.device) < quota[:, None]
+            keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, best)
+        else:
+            keep = (scores > self.options.threshold).scatter_(1, order[:, :1], True)
+        keep = keep.flatten()[rows]
+        where, column = torch.tensor(active, device=rows.device)[rows[keep] // width], rows[keep] % width
+        self.tokens[where, column] = candidates[keep]
+        self.masked[where, column] = False
+        self.revealed.zero_()[where, column] = True
+        self.confidence.zero_()[where, column] = probability[keep].float()
+        for row in active:
+            self.taken[row] += 1
+
+    def step(self, number: int) -> Step:
+        """A copy for the callback."""
+        tokens, revealed, confidence = (
+            values.to("cpu", copy=True) for values in (self.tokens, self.revealed, self.confidence)
+        )
+        return Step(number, tokens, self.lengths, revealed, confidence)
+
+    def rows(self) -> list[list[int]]:
+        """The finished rows."""
+        end = self.end_of_document_id
+        rows = [row[:length] for row, length in zip(self.tokens.tolist(), self.lengths, strict=True)]
+        for row, start in zip(rows, self.prompt_lengths, strict=True):
+            if end is not None and end in row[start:]:
+                stop = row.index(end, start)
+                row[stop:] = [end] * (len(row) - stop)
+        return rows
+
+
+def _guided(
+    denoise: Denoise,
+    tokens: Tensor,
+    lengths: Tensor | None,
+    rows: Tensor,
+    given: Tensor,
+    mask_token_id: int,
+    guidance: float,
+) -> Tensor:
+    """Classifier-free guidance with the prompt masked as the condition left out (Nie et al., arXiv 2410.18514)."""
+    without = tokens.masked_fill(given[:, : tokens.shape[1]], mask_token_id)
+    both = None if lengths is None else lengths.repeat(2)
+    logits = denoise(torch.cat((tokens, without)), both, torch.cat((rows, rows + tokens.numel()))).double()
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + (guidance + 1) * (conditional - unconditional)
+
+
+def _candidates(
+    logits: Tensor, counts: list[int], options: SamplerOptions, generators: list[torch.Generator]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A token for every position, its probability, and the confidence in it.
+
+    Args:
+        logits: [n, vocab] fp64, -inf where a token is not allowed.
+        counts: positions of every row; they add up to n.
+        generators: of every row.
+
+    Returns:
+        [n] int64, [n] fp64, [n] fp64.
+    """
+    probabilities = logits.softmax(1)
+    if options.temperature == 0:
+        candidates = logits.argmax(1)
+    else:
+        allowed = _nucleus(logits, options)
+        noise = torch.cat([_uniform((n, logits.shape[1]), g) for n, g in zip(counts, generators, strict=True)])
+        # exp(logit) / (-log u)**T, LLaDA's form of the Gumbel trick, in logarithms: it cannot overflow.
+        candidates = (allowed - options.temperature * noise.log_().neg_().log_()).argmax(1)
+    probability = probabilities.gather(1, candidates[:, None])[:, 0]
+    if options.remasking == "low_confidence":
+        confidence = probability
+    elif options.remasking == "margin":
+        best = probabilities.topk(2, dim=1).values
+        confidence = best[:, 0] - best[:, 1]
+    elif options.remasking == "entropy":
+        confidence = torch.xlogy(probabilities, probabilities).sum(1)
+    else:
+        confidence = torch.cat([_uniform((n,), g) for n, g in zip(counts, generators, strict=True)])
+    return candidates, probability, confidence
+
+
+def _nucleus(logits: Tensor, options: SamplerOptions) -> Tensor:
+    """The logits, -inf for tokens outside the smallest set of probability ``top_p`` (at the temperature)."""
+    if options.top_p == 1:
+        return logits
+    ordered, order = (logits / options.temperature).softmax(1).sort(dim=1, descending=True)
+    outside = ordered.cumsum(1) - ordered >= options.top_p
+    return logits.masked_fill(torch.zeros_like(outside).scatter_(1, order, outside), float("-inf"))
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """fp64 on [0, 1)."""
+    return torch.rand(shape, dtype=torch.float64, device=generator.device, generator=generator)
