@@ -33,12 +33,16 @@ class Tokenizer(ABC):
         mask_token_id: id of [MASK]; `encode` never returns it.
         end_of_document_id: id that ends every document; `encode` never returns it.
         fingerprint: sha256 (hex) of all that decides the ids, to tell data of one tokenizer from that of another.
+        source: "byte", or the file it was read from, for messages.
+        content: bytes of that file.
     """
 
     vocab_size: int
     mask_token_id: int
     end_of_document_id: int
     fingerprint: str
+    source: str
+    content: bytes
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -52,21 +56,22 @@ class Tokenizer(ABC):
     def save(self, directory: str | Path) -> str:
         """Write the tokenizer into `directory`, made if need be; return what `load_tokenizer` takes to read it."""
 
-    def _set_control_ids(self, size: int, mask_id: int | None, end_id: int | None, content: bytes) -> None:
+    def _set_control_ids(self, size: int, mask_id: int | None, end_id: int | None) -> None:
         """Fill in the attributes; a control id that is None is added after the `size` ids that exist."""
         added = iter(range(size, size + 2))
         self.end_of_document_id = next(added) if end_id is None else end_id
         self.mask_token_id = next(added) if mask_id is None else mask_id
         self.vocab_size = next(added, size + 2)
         controls = f"{type(self).__name__} {self.vocab_size} {self.mask_token_id} {self.end_of_document_id}\n"
-        self.fingerprint = hashlib.sha256(controls.encode() + content).hexdigest()
+        self.fingerprint = hashlib.sha256(controls.encode() + self.content).hexdigest()
 
 
 class ByteTokenizer(Tokenizer):
     """One id for each byte of the UTF-8 text, then end-of-document (256) and [MASK] (257)."""
 
     def __init__(self) -> None:
-        self._set_control_ids(256, None, None, b"")
+        self.source, self.content = "byte", b""
+        self._set_control_ids(256, None, None)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -97,14 +102,14 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: str | Path) -> None:
         import sentencepiece
 
-        self._content = _read(Path(path))
+        self.source, self.content = str(path), _read(Path(path))
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=self._content)
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.content)
             self._size = self._model.get_piece_size()
         except RuntimeError as error:
             raise DataError(f"{path} is not a SentencePiece model: give its trainer's *.model file") from error
         end_id = self._control_id(_END_NAMES)
-        self._set_control_ids(self._size, self._control_id(_MASK_NAMES), end_id, self._content)
+        self._set_control_ids(self._size, self._control_id(_MASK_NAMES), end_id)
         self._space_mark_ids = self._find_space_mark_ids()
 
     def encode(self, text: str) -> list[int]:
@@ -123,7 +128,7 @@ class SentencePieceTokenizer(Tokenizer):
     def save(self, directory: str | Path) -> str:
         path = Path(directory) / "tokenizer.model"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self._content)
+        path.write_bytes(self.content)
         return str(path)
 
     def _control_id(self, names: Sequence[str]) -> int | None:
@@ -157,9 +162,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: str | Path) -> None:
         tokenizers = optional_module("tokenizers", f"the tokenizer {path}")
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-        self._content = _read(file)
+        self.source, self.content = str(file), _read(file)
         try:
-            self._model = tokenizers.Tokenizer.from_str(self._content.decode())
+            self._model = tokenizers.Tokenizer.from_str(self.content.decode())
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{file} is no tokenizer.json: write one with AutoTokenizer's save_pretrained") from error
         self._model.no_truncation()
@@ -170,7 +175,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         mask_id = self._control_id((config.get("mask_token"), *_MASK_NAMES))
         end_id = self._control_id((config.get("eos_token"), *_END_NAMES))
-        self._set_control_ids(self._size, mask_id, end_id, self._content)
+        self._set_control_ids(self._size, mask_id, end_id)
 
     def encode(self, text: str) -> list[int]:
         ids = self._model.encode(text, add_special_tokens=False).ids
@@ -187,7 +192,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def save(self, directory: str | Path) -> str:
         path = Path(directory) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self._content)
+        path.write_bytes(self.content)
         if self._config_file.exists():
             shutil.copyfile(self._config_file, path.with_name("tokenizer_config.json"))
         return str(path)
