@@ -1,0 +1,214 @@
+"""`megatron-dlm sample`: text from a run, a checkpoint or an export."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_dlm import launch
+from megatron_dlm.config import ConfigError, ParallelConfig
+from megatron_dlm.data.errors import DataError
+
+if TYPE_CHECKING:
+    from megatron_dlm.diffusion.sampler import SamplerOptions, Step
+    from megatron_dlm.evaluation.generation import TextModel
+
+_BLOCK_LENGTH = 32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a run directory, one of its checkpoints, or a Hugging Face directory that `megatron-dlm export` wrote",
+    )
+    text = parser.add_argument_group("what to write (without one of the first three: a text from nothing)")
+    one = text.add_mutually_exclusive_group()
+    repeated: dict[str, Any] = {"action": "append", "metavar": "TEXT"}
+    one.add_argument("--prompt", help="continue this; may be repeated; \\n is a newline", **repeated)
+    one.add_argument("--prompt-file", metavar="FILE", help="continue the text of this file; - is the standard input")
+    one.add_argument("--infill", help="fill in every ____ of this; may be repeated; \\n is a newline", **repeated)
+    text.add_argument("--infill-tokens", type=int, default=16, metavar="N", help="tokens of every ____ (%(default)s)")
+    text.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="behind a prompt (%(default)s)")
+    sampler = parser.add_argument_group("sampler")
+    sampler.add_argument("--steps", type=int, metavar="N", help="denoising steps of a text (one for each token)")
+    sampler.add_argument(
+        "--block-length",
+        type=int,
+        metavar="N",
+        help="fill in blocks of so many tokens from left to right (32 behind a prompt; all at once for --infill)",
+    )
+    sampler.add_argument(
+        "--remasking",
+        default="low_confidence",
+        choices=("low_confidence", "margin", "entropy", "random"),
+        help="which tokens of a step stay masked (%(default)s)",
+    )
+    sampler.add_argument(
+        "--threshold", type=float, metavar="P", help="keep every token above this confidence, instead of --steps"
+    )
+    sampler.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the best token (%(default)s)")
+    sampler.add_argument("--top-p", type=float, default=1.0, metavar="P", help="of the tokens drawn from (%(default)s)")
+    sampler.add_argument("--guidance", type=float, default=0.0, metavar="G", help="classifier-free (%(default)s)")
+    sampler.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers (%(default)s)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--trace", type=Path, metavar="FILE.html", help="write a page that plays the denoising")
+    output.add_argument("--no-live", action="store_true", help="do not show the denoising on the terminal")
+    layout = parser.add_argument_group("layout of a checkpoint's model, under torchrun with as many processes")
+    layout.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="(%(default)s)")
+    layout.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="(%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the texts. Raises ConfigError or DataError, one line."""
+    texts = _texts(args)
+    options = _options(args)
+    layout = ParallelConfig(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+    )
+    if layout.model_parallel_size > 1 and not launch.started_by_torchrun():
+        raise ConfigError(
+            f"this layout needs {layout.model_parallel_size} processes: torchrun --nproc-per-node "
+            f"{layout.model_parallel_size} -m megatron_dlm sample ..."
+        )
+    from megatron_dlm.evaluation.generation import open_text_model
+
+    try:
+        _run(open_text_model(args.checkpoint, layout), texts, options, args)
+    finally:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            from megatron_dlm.parallel.topology import shutdown
+
+            shutdown()
+    return 0
+
+
+def _run(model: TextModel, texts: list[str], options: SamplerOptions, args: argparse.Namespace) -> None:
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        prompts = _encode(model, texts, args)
+        if args.infill is None:
+            options = _in_blocks(model, options, args.max_new_tokens)
+        if first:
+            _say(f"model    {model.name}")
+            if (longest := max(map(len, prompts)) + _new_tokens(args)) > model.max_length:
+                _say(f"note     {longest} tokens are more than the {model.max_length} of training sequences")
+        _sample(model, prompts, options, args, first)
+    except (ConfigError, DataError):
+        raise
+    except ValueError as error:  # what the model cannot do
+        raise ConfigError(str(error)) from None
+
+
+def _texts(args: argparse.Namespace) -> list[str]:
+    """What is to be continued or filled in."""
+    for name in ("max_new_tokens", "infill_tokens"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    if args.trace and not args.trace.parent.is_dir():
+        raise DataError(f"cannot write {args.trace}: {args.trace.parent} is no directory; make it first")
+    if args.prompt_file:
+        try:
+            source = Path(args.prompt_file)
+            return [sys.stdin.read() if args.prompt_file == "-" else source.read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read the prompt {args.prompt_file}: {error}; give a UTF-8 text file") from None
+    return [_unescape(text) for text in args.infill or args.prompt or [""]]
+
+
+def _unescape(text: str) -> str:
+    r"""``\n``, ``\t`` and ``\\`` as they arrive from a shell's double quotes."""
+    return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in text.split("\\\\"))
+
+
+def _options(args: argparse.Namespace) -> SamplerOptions:
+    from megatron_dlm.diffusion.sampler import SamplerOptions
+
+    try:
+        return SamplerOptions(**{field.name: getattr(args, field.name) for field in fields(SamplerOptions)})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _in_blocks(model: TextModel, options: SamplerOptions, max_new_tokens: int) -> SamplerOptions:
+    """Text behind a prompt grows from left to right, so that its end is found before all of it is written."""
+    if model.autoregressive or options.block_length is not None:
+        return options
+    return replace(options, block_length=min(_BLOCK_LENGTH, max_new_tokens))
+
+
+def _encode(model: TextModel, texts: list[str], args: argparse.Namespace) -> list[list[int]]:
+    if args.infill is None:
+        return [model.tokenizer.encode(text) for text in texts]
+    return [model.encode_holes(text, args.infill_tokens) for text in texts]
+
+
+def _new_tokens(args: argparse.Namespace) -> int:
+    """Behind every text."""
+    return args.max_new_tokens if args.infill is None else 0
+
+
+def _sample(
+    model: TextModel, prompts: list[list[int]], options: SamplerOptions, args: argparse.Namespace, first: bool
+) -> None:
+    """Sample all prompts as one batch; show, print and trace what comes out on the first rank."""
+    from megatron_dlm.evaluation.live_view import LiveView
+    from megatron_dlm.evaluation.trace import Recorder, visible
+    from megatron_dlm.evaluation.trace_page import write
+
+    tokenizer, infill = model.tokenizer, args.infill is not None
+    views: list[Callable[[Step], None]] = []
+    control: dict[str, Any] = {
+        "mask_token_id": tokenizer.mask_token_id,
+        "end_of_document_id": tokenizer.end_of_document_id,
+    }
+    recorder = Recorder(tokenizer.decode, **control)
+    if args.trace and first:
+        views.append(recorder)
+    with contextlib.ExitStack() as stack:
+        if first and not args.no_live and sys.stdout.isatty():
+            view = LiveView(tokenizer.decode, stream=sys.stdout, text_at_end=False, **control)
+            views.append(stack.enter_context(view))
+        started = time.perf_counter()
+        samples = model.generate(
+            prompts,
+            options,
+            max_new_tokens=_new_tokens(args),
+            # An infilled text goes on behind its holes.
+            forbidden_token_ids=[tokenizer.end_of_document_id] if infill else [],
+            on_step=(lambda step: [view(step) for view in views]) if views else None,
+        )
+        seconds = time.perf_counter() - started
+    if not first:
+        return
+    for number, row in enumerate(samples.texts, 1):
+        if len(prompts) > 1:
+            _say(f"--- {number} of {len(prompts)}")
+        text = tokenizer.decode(row)
+        # A file gets the text as it is, a terminal nothing that it would obey.
+        print(visible(text, keep="\n\t") if sys.stdout.isatty() else text, flush=True)
+    holes = sum(row.count(tokenizer.mask_token_id) for row in prompts)
+    written = holes + sum(map(len, samples.continuations))
+    rate = f"{written / seconds:.1f} tokens/s"
+    _say(f"speed    {written} tokens in {samples.forwards} forwards, {seconds:.2f} s: {rate}")
+    if args.trace:
+        details = {field.name: str(value) for field in fields(options) if (value := getattr(options, field.name))}
+        details |= {"model": model.name, "speed": rate}
+        write(recorder.trace("Infilling" if infill else "Sampling", details), args.trace)
+        _say(f"trace    {args.trace}")
+
+
+def _say(line: str) -> None:
+    """What is no text goes to stderr, so that a pipe gets the texts alone."""
+    print(line, file=sys.stderr, flush=True)
