@@ -122,10 +122,14 @@ def from_dict(mapping: Mapping[str, Any]) -> Config:
 
     Raises ``ConfigError`` for an unknown key (naming the valid ones) or a value of another type.
     """
-    return _build(Config, mapping, "")
+    return build(Config, mapping, "")
 
 
-def _build(cls: type[T], mapping: Any, prefix: str) -> T:
+def build(cls: type[T], mapping: Any, prefix: str) -> T:
+    """A dataclass of nested dictionaries; ``prefix`` ("model.") stands before its keys in messages.
+
+    Raises ``ConfigError`` as ``from_dict``.
+    """
     if not isinstance(mapping, Mapping):
         where = prefix.rstrip(".") or "the configuration"
         raise ConfigError(f"{where} must be a mapping of keys to values, not {_show(mapping)}")
@@ -147,7 +151,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         inner = next(argument for argument in arguments if argument is not type(None))
         return None if value is None else _convert(value, inner, key)
     if is_dataclass(hint):
-        return _build(hint, value, f"{key}.")  # type: ignore[arg-type]
+        return build(hint, value, f"{key}.")  # type: ignore[arg-type]
     if origin is list:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{key} must be a list, not {_show(value)}")

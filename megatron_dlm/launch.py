@@ -152,7 +152,7 @@ def join(fn: Worker, config: Config, check: Check | None = None) -> int:
     printed by rank 0; what it finds wrong with data files by every machine that finds it.
     """
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    with _directory_in_use(config) if rank == 0 else contextlib.nullcontext():
+    with directory_in_use(config) if rank == 0 else contextlib.nullcontext():
         try:
             if check and local_rank == 0:
                 check(config, int(os.environ["WORLD_SIZE"]))
@@ -209,7 +209,7 @@ def _begin(config: Config, world_size: int, check: Check | None, directory: cont
     try:
         if check:
             check(config, world_size)
-        directory.enter_context(_directory_in_use(config))
+        directory.enter_context(directory_in_use(config))
     except (ConfigError, DataError) as error:
         raise Refused from error
 
@@ -331,7 +331,7 @@ def _report(error: BaseException | None, prefix: str = "") -> Outcome:
 
 
 @contextlib.contextmanager
-def _directory_in_use(config: Config) -> Iterator[None]:
+def directory_in_use(config: Config) -> Iterator[None]:
     """Make the run's directory and lock it: two runs in one would destroy each other's checkpoints.
 
     An old status.json is removed, because it would be taken for this run's. The lock is also that of forked workers,

@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_dlm.data.corpus import EMBEDDED_PARTS
+
 if TYPE_CHECKING:
     from megatron_dlm.data.prepare import Prepared
 
@@ -25,8 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument(
         "--embedded",
-        action="store_true",
-        help="take the source of Python's standard library and the language reference, about 12 MB; no download",
+        nargs="?",
+        const="all",
+        choices=["all", *EMBEDDED_PARTS],
+        help="take the source of Python's standard library and the language reference, about 12 MB, or only one of "
+        "them; no download",
     )
     text.add_argument("--text-key", default="text", metavar="KEY", help="JSON key or column of the text (%(default)s)")
     text.add_argument(
@@ -85,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     options = PrepareOptions(
         output=args.output,
         inputs=args.input,
-        embedded=args.embedded,
+        embedded=args.embedded is not None,
+        embedded_parts=EMBEDDED_PARTS if args.embedded in (None, "all") else (args.embedded,),
         tokenizer=args.tokenizer,
         train_sentencepiece=args.train_sentencepiece,
         text_key=args.text_key,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -17,6 +17,9 @@ _EXCLUDED_FILES = ("pydoc_data/topics.py", "_sysconfigdata")
 
 _JSON_SUFFIXES = {".jsonl", ".json"}
 
+EMBEDDED_PARTS = ("source", "reference")
+"""What every Python brings along: the standard library's source, and the language reference."""
+
 
 class Document(NamedTuple):
     """One text and where it comes from, for messages."""
@@ -25,21 +28,22 @@ class Document(NamedTuple):
     origin: str
 
 
-def embedded_documents() -> Iterator[Document]:
+def embedded_documents(parts: Collection[str] = EMBEDDED_PARTS) -> Iterator[Document]:
     """The standard library's own source, one document a file, then the language reference, one document a topic.
 
-    About 11 MB of Python and 0.5 MB of English without any download. The order is that of the paths and topic names, so
-    it depends on the Python version alone.
+    About 11 MB of Python and 0.5 MB of English without any download; ``parts`` may leave out either. The order is that
+    of the paths and topic names, so it depends on the Python version alone.
     """
     from pydoc_data import topics
 
     root = Path(sysconfig.get_paths()["stdlib"])
-    for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")) if "source" in parts else []
+    for name in names:
         if _EXCLUDED_FOLDERS.isdisjoint(name.split("/")) and not name.startswith(_EXCLUDED_FILES):
             text = _read_text(root / name)
             if text:
                 yield Document(text, str(root / name))
-    for topic, text in sorted(topics.topics.items()):
+    for topic, text in sorted(topics.topics.items()) if "reference" in parts else []:
         yield Document(text, f"the language reference on {topic!r}")
 
 

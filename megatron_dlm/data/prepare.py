@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dlm_kernels.philox import Purpose, Stream, permute
-from megatron_dlm.data.corpus import Document, embedded_documents, find_inputs, read_documents
+from megatron_dlm.data.corpus import EMBEDDED_PARTS, Document, embedded_documents, find_inputs, read_documents
 from megatron_dlm.data.errors import DataError
 from megatron_dlm.data.selection import held_out, training_sample
 from megatron_dlm.data.sentencepiece_training import train_sentencepiece
@@ -43,6 +43,7 @@ class PrepareOptions:
         output: folder for train.bin/.idx/.json, valid.* and the tokenizer.
         inputs: files, folders and dataset folders (see `corpus.read_documents`).
         embedded: also take the corpus that comes with Python, after the inputs.
+        embedded_parts: or only these parts of it.
         tokenizer: what `load_tokenizer` takes; or
         train_sentencepiece: size of a SentencePiece vocabulary to train on (a sample of) the training documents.
         text_key: JSON key or column of the text.
@@ -54,6 +55,7 @@ class PrepareOptions:
     output: Path
     inputs: Sequence[str | Path] = ()
     embedded: bool = False
+    embedded_parts: Sequence[str] = EMBEDDED_PARTS
     tokenizer: str | None = None
     train_sentencepiece: int | None = None
     text_key: str = "text"
@@ -143,7 +145,7 @@ def _prepare(
     def documents() -> Iterator[Document]:
         yield from read_documents(paths, text_key=options.text_key, split_on_blank_lines=options.split_on_blank_lines)
         if options.embedded:
-            yield from embedded_documents()
+            yield from embedded_documents(options.embedded_parts)
 
     quiet = None if progress else True
     if options.train_sentencepiece is not None:
@@ -182,6 +184,8 @@ def _prepare(
 def _check(options: PrepareOptions, workers: int) -> None:
     if not options.inputs and not options.embedded:
         raise DataError("there is nothing to prepare: give --input, --embedded or both")
+    if unknown := set(options.embedded_parts) - set(EMBEDDED_PARTS):
+        raise DataError(f"the embedded corpus has no {min(unknown)!r}: name {' or '.join(EMBEDDED_PARTS)}")
     if (options.tokenizer is None) == (options.train_sentencepiece is None):
         raise DataError("the tokenizer is not decided: give one of --tokenizer and --train-sentencepiece")
     if not 0 <= options.valid_fraction < 1:
@@ -195,9 +199,10 @@ def _check(options: PrepareOptions, workers: int) -> None:
 def _request(options: PrepareOptions, paths: list[Path], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """All that decides the output, to recognise output that is already there: files by size and time of change."""
     files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.is_file()]
+    left_in = [] if set(options.embedded_parts) == set(EMBEDDED_PARTS) else sorted(options.embedded_parts)
     return {
         "inputs": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-        "embedded": platform.python_version() if options.embedded else None,
+        "embedded": " ".join([platform.python_version(), *left_in]) if options.embedded else None,
         "tokenizer": tokenizer.fingerprint if tokenizer else None,
         "train_sentencepiece": options.train_sentencepiece,
         "text_key": options.text_key,

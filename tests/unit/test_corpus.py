@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
 from megatron_dlm.data import DataError
-from megatron_dlm.data.corpus import embedded_documents, find_inputs, read_documents
+from megatron_dlm.data.corpus import EMBEDDED_PARTS, embedded_documents, find_inputs, read_documents
 
 TEXTS = ["first\r\n  document\n", "", "\u00fcber \u4f60\u597d\n\ttab", "line\u2028separator\x85in a text", "last"]
 
@@ -96,6 +96,14 @@ def test_embedded_corpus() -> None:
     assert any(name.endswith("/argparse.py") for name in names)
     assert "the language reference on 'while'" in names
     assert not any(sys.prefix in document.text for document in documents)
+
+
+def test_parts_of_the_embedded_corpus() -> None:
+    documents = list(embedded_documents())
+    source, reference = (list(embedded_documents([part])) for part in EMBEDDED_PARTS)
+    assert source + reference == documents and source
+    assert all(document.origin.startswith("the language reference on ") for document in reference)
+    assert 400_000 < sum(len(document.text) for document in reference) < 1_000_000
 
 
 def write_invalid_utf8(folder: Path) -> Path:

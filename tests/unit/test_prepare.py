@@ -20,6 +20,7 @@ from datasets import Dataset as HubDataset
 from pyarrow import parquet
 
 import megatron_dlm.data.prepare as prepare_module
+from megatron_dlm.cli import main
 from megatron_dlm.commands import prepare as command
 from megatron_dlm.config_loading import parse_config
 from megatron_dlm.data import DataError
@@ -200,6 +201,21 @@ def test_the_same_request_again_does_nothing(jsonl: Path, tmp_path: Path, monkey
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "train.bin", "train.idx", "train.json", "tokenizer.byte"
     }  # fmt: skip
+
+
+def test_a_part_of_the_embedded_corpus_is_a_request_of_its_own(tmp_path: Path) -> None:
+    arguments = ["prepare", "--embedded", "reference", "--tokenizer", "byte", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    assert 400_000 < TokenFile(tmp_path / "train").metadata.bytes < 1_000_000
+    wanted = PrepareOptions(
+        tmp_path, embedded=True, embedded_parts=["reference"], tokenizer="byte", valid_fraction=0.01
+    )
+    assert prepare(wanted).already_done
+    for parts in ("source", "source reference"):
+        with pytest.raises(DataError, match="is not from this request"):
+            prepare(replace(wanted, embedded_parts=parts.split()))
+    with pytest.raises(DataError, match="has no 'sources': name source or reference"):
+        prepare(replace(wanted, embedded_parts=["sources"]))
 
 
 def test_incomplete_output_is_not_taken_for_done(jsonl: Path, tmp_path: Path) -> None:
