@@ -1,0 +1,382 @@
+"""Loss by noise level: how well a masked diffusion model predicts masked tokens, by how many of them are masked.
+
+With CE(k) the mean cross-entropy of a masked token when exactly k of a window's L tokens are masked, any k of them
+equally likely, the bound of the likelihood is
+
+    NELBO per token = mean over k = 1..L of CE(k)
+
+(the weight L/k of a mask, the sum of its k cross-entropies and the division by L tokens make CE(k)). So the plain
+average of the curve over the mask ratio is the NELBO: the curve shows which noise levels it comes from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from dlm_kernels.philox import MASK32, TOKEN_POSITION_BITS, Stream, random_bits, token_counter
+from megatron_dlm.config import ConfigError
+from megatron_dlm.data.errors import DataError
+from megatron_dlm.diffusion.likelihood import LogLikelihood
+from megatron_dlm.diffusion.likelihood_masks import TOKENS_PER_BATCH
+from megatron_dlm.evaluation.generation import TextModel
+from megatron_dlm.evaluation.text_nelbo import check_ids, read_windows
+
+Progress = Callable[[int, int], None]
+
+# Of Stream.SAMPLING; the masks of likelihoods draw below 2**31.
+_DRAW = MASK32
+# Logits that are held in fp64 at a time.
+_CHUNK = 1 << 24
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+_COLORS, _GREY = ("#0072B2", "#D55E00"), "#444444"
+_STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": "#999999",
+    "axes.labelsize": 9.5,
+    "grid.color": "#E6E6E6",
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "font.family": "DejaVu Sans",
+}
+
+
+class Estimate(NamedTuple):
+    """A mean over windows."""
+
+    value: float
+    standard_error: float
+    """Infinite with one window."""
+
+
+class Row(NamedTuple):
+    """One noise level, of one model or of the difference of two."""
+
+    mask_ratio: float
+    masked: int
+    """Tokens of every window."""
+    cross_entropy: Estimate
+    """Nats per masked token."""
+    accuracy: Estimate
+    """Share of the masked tokens whose logit is the largest of all columns, [MASK]'s included, as in training."""
+
+
+@dataclass(frozen=True)
+class NoiseLevelTable:
+    """Cross-entropy and accuracy by mask ratio; of a difference, those of the second model less those of the first."""
+
+    name: str
+    """Of the model, for people."""
+    source: str
+    length: int
+    """Tokens of a window."""
+    masked: np.ndarray
+    """[levels] int64, ascending: tokens that are masked in every window."""
+    cross_entropies: np.ndarray
+    """[levels, windows] fp64: mean over the masked tokens, nats."""
+    accuracies: np.ndarray
+    """[levels, windows] fp64."""
+    masks: str
+    """Digest of the windows and their masks: only tables that agree in it can be compared."""
+
+    @property
+    def windows(self) -> int:
+        return self.cross_entropies.shape[1]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The levels, the least noise first."""
+        columns = zip(self.masked.tolist(), self.cross_entropies, self.accuracies, strict=True)
+        return [Row(k / self.length, k, _mean(losses), _mean(hits)) for k, losses, hits in columns]
+
+    @property
+    def nelbo(self) -> Estimate:
+        """Average of the cross-entropy over the mask ratio, nats per token.
+
+        Every count 1..L takes the value of the nearest level. With all of them it is the NELBO, else close to it; the
+        error is that of the levels that were measured, windows being the units. For the figure alone ``text_nelbo``
+        has the smaller error.
+        """
+        return _mean(self._shares @ self.cross_entropies)
+
+    @property
+    def _shares(self) -> np.ndarray:
+        """[levels]: of the noise; count k stands for the ratios from (k - 1)/L to k/L."""
+        centres = (self.masked - 0.5) / self.length
+        return np.diff(np.concatenate([[0.0], (centres[1:] + centres[:-1]) / 2, [1.0]]))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; what is not known or not finite is None."""
+
+        def finite(estimate: Estimate) -> list[float | None]:
+            return [float(value) if math.isfinite(value) else None for value in estimate]
+
+        levels = []
+        for row in self.rows:
+            (loss, loss_error), (accuracy, accuracy_error) = finite(row.cross_entropy), finite(row.accuracy)
+            levels.append(
+                {
+                    "mask_ratio": row.mask_ratio,
+                    "masked": row.masked,
+                    "cross_entropy": loss,
+                    "cross_entropy_standard_error": loss_error,
+                    "accuracy": accuracy,
+                    "accuracy_standard_error": accuracy_error,
+                }
+            )
+        nelbo, nelbo_error = finite(self.nelbo)
+        return {
+            "model": self.name,
+            "data": self.source,
+            "window_tokens": self.length,
+            "windows": self.windows,
+            "nelbo": nelbo,
+            "nelbo_standard_error": nelbo_error,
+            "levels": levels,
+        }
+
+
+def noise_level_table(
+    model: TextModel,
+    source: str,
+    *,
+    levels: int | Sequence[float] = 10,
+    windows: int = 64,
+    length: int | None = None,
+    seed: int = 0,
+    limit_tokens: int | None = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    on_progress: Progress | None = None,
+) -> NoiseLevelTable:
+    """Measure a masked diffusion model; every rank of its layout must call it with the same arguments.
+
+    A level of ratio r masks k = ceil(r L) of the L tokens of every window, those with the k smallest keys. A key is a
+    function of (seed, window, position), so that the masks of one window are nested, and the same for every model.
+
+    Args:
+        source: see ``read_windows``; of its full windows (or the only one) so many are taken, evenly spread.
+        levels: mask ratios above 0, at most 1; or so many in the middles of equal parts, 0.05, 0.15, ... for 10. Levels
+            that mask as many tokens are one.
+        windows: at most; fewer where the text is short.
+        length: tokens of a window, at most the model's; None: as many.
+        seed: 64 bits.
+        limit_tokens: read only the first ones of the text; None: all.
+        tokens_per_batch: of one forward; but at least one window. It changes the result by rounding only.
+        on_progress: called with the rows that are done, and all: one for every window and level.
+
+    Raises:
+        ConfigError: the model is autoregressive, an argument is out of range, or the model gives NaN; one line.
+        DataError: as ``read_windows``.
+    """
+    check_model(model)
+    ratios = _ratios(levels)
+    length = model.max_length if length is None else length
+    for name, value in (("windows", windows), ("tokens_per_batch", tokens_per_batch)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if not 1 <= length <= model.max_length:
+        raise ConfigError(f"length is {length}; it must be from 1 to {model.max_length}, as {model.name} has it")
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"seed is {seed}; it must be at least 0 and below 2**64")
+    text = read_windows(source, model.tokenizer, length, limit_tokens=limit_tokens)
+    length = min(length, len(text.tokens))
+    full = len(text.tokens) // length
+    chosen = (2 * np.arange(min(windows, full)) + 1) * full // (2 * min(windows, full))
+    tokens = np.stack([text.tokens[at : at + length] for at in (chosen * length).tolist()]).astype(np.int64)
+    check_ids(tokens, source, model.tokenizer)
+    # Ratios such as 0.55 * 20 come out just above the whole number that they are.
+    masked = np.unique(np.ceil(np.array(ratios) * length - 1e-6).astype(np.int64).clip(1, length))
+    keys = random_bits(seed, Stream.SAMPLING, token_counter(chosen[:, None], np.arange(length)), _DRAW)
+    ranks = (keys << TOKEN_POSITION_BITS | np.arange(length)).argsort(1).argsort(1)
+    losses, correct = _measure(model, tokens, ranks, masked, tokens_per_batch, on_progress)
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in (tokens, ranks, masked)))
+    return NoiseLevelTable(model.name, source, length, masked, losses, correct, digest.hexdigest())
+
+
+def check_model(model: TextModel) -> None:
+    """Raises ConfigError, in one line, for a model that has no noise levels."""
+    if model.autoregressive:
+        raise ConfigError(f"{model.name} is autoregressive and has no noise levels; give a masked diffusion model")
+
+
+def compare(first: NoiseLevelTable, second: NoiseLevelTable) -> NoiseLevelTable:
+    """``second`` less ``first``, window by window: the errors are those of paired differences.
+
+    Raises:
+        ConfigError: they are not of the same tokens under the same masks.
+    """
+    if first.masks != second.masks:
+        raise ConfigError(
+            f"{first.name} and {second.name} were not measured on the same tokens under the same masks; measure both "
+            "on one text with one tokenizer, and with the same seed, window length, windows and levels"
+        )
+    return NoiseLevelTable(
+        f"{second.name} less {first.name}",
+        first.source,
+        first.length,
+        first.masked,
+        second.cross_entropies - first.cross_entropies,
+        second.accuracies - first.accuracies,
+        first.masks,
+    )
+
+
+def draw(tables: Sequence[NoiseLevelTable], output: Path) -> None:
+    """Draw cross-entropy and accuracy over the mask ratio, and under them the differences where there are two tables.
+
+    Bands are 95 % intervals. The format is the one that the suffix of ``output`` names; written beside, then renamed.
+
+    Raises:
+        ConfigError: two tables cannot be compared.
+        DataError: it cannot be written; then what was there before is unchanged.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    difference = compare(*tables) if len(tables) == 2 else None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(11.6, 7.6 if difference else 5.2))
+        figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
+        panels = figure.subplots(
+            2 if difference else 1, 2, squeeze=False, sharex=True, height_ratios=[2.4, 1] if difference else [1]
+        )
+        for axes, field in zip(panels[0], ("cross_entropy", "accuracy"), strict=True):
+            for table, color in zip(tables, _COLORS, strict=False):
+                _draw_curve(axes, table, field, color)
+            axes.set_ylim(bottom=0)
+        for table, color in zip(tables, _COLORS, strict=False):
+            panels[0][0].axhline(table.nelbo.value, color=color, linestyle="--", linewidth=1.2)
+        panels[0][0].set(title="Cross-entropy", ylabel="nats per masked token")
+        panels[0][1].set(title="Accuracy", ylabel="masked tokens predicted")
+        if difference:
+            for axes, field in zip(panels[1], ("cross_entropy", "accuracy"), strict=True):
+                axes.axhline(0, color=_COLORS[0], linewidth=1.4)
+                _draw_curve(axes, difference, field, _COLORS[1])
+                axes.set_ylabel("difference to the first")
+        for axes in panels[:, 1]:
+            axes.yaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 6):g} %")
+        for axes in panels[-1]:
+            axes.set(xlabel="mask ratio", xlim=(0, 1), xticks=np.linspace(0, 1, 11))
+        _legend(figure, tables)
+        partial = output.with_name(f".{output.name}.partial")
+        try:
+            try:
+                figure.savefig(partial, dpi=140, format=output.suffix.lower().removeprefix("."))
+                partial.replace(output)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot write {output}: {error.strerror}; choose another file") from None
+
+
+def _draw_curve(axes: Any, table: NoiseLevelTable, field: str, color: str) -> None:
+    """The means with their 95 % intervals."""
+    ratios = [row.mask_ratio for row in table.rows]
+    values = np.array([getattr(row, field).value for row in table.rows])
+    half = np.array([_half_width(getattr(row, field), table.windows) for row in table.rows])
+    axes.fill_between(ratios, values - half, values + half, color=color, alpha=0.16, linewidth=0)
+    style: dict[str, Any] = {"markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.7, "clip_on": False}
+    axes.plot(ratios, values, "o-", color=color, linewidth=1.9, zorder=3, **style)
+
+
+def _legend(figure: Any, tables: Sequence[NoiseLevelTable]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for table, color in zip(tables, _COLORS, strict=False):
+        name = table.name if len(table.name) <= 70 else f"...{table.name[-67:]}"
+        half = _half_width(table.nelbo, table.windows)
+        label = f"{name}: NELBO {table.nelbo.value:.3f} \u00b1 {half:.3f} nats per token"
+        handles.append(Line2D([], [], color=color, linewidth=2.5, marker="o", markeredgecolor="white", label=label))
+    average = "average over the mask ratio, which is the NELBO (bands and \u00b1: 95 % intervals)"
+    handles.append(Line2D([], [], color=_GREY, linestyle="--", label=average))
+    figure.legend(handles=handles, loc="outside upper left", ncols=1, fontsize=9.5, frameon=False)
+
+
+def _ratios(levels: int | Sequence[float]) -> list[float]:
+    if isinstance(levels, int):
+        if levels < 1:
+            raise ConfigError(f"levels is {levels}; it must be at least 1, or a list of mask ratios")
+        return [(i + 0.5) / levels for i in range(levels)]
+    ratios = list(levels)
+    wrong = [ratio for ratio in ratios if not 0 < ratio <= 1]
+    if wrong or not ratios:
+        raise ConfigError(f"levels has {wrong[0] if wrong else 'no mask ratio'}; give ratios above 0, at most 1")
+    return ratios
+
+
+def _measure(
+    model: TextModel,
+    tokens: np.ndarray,
+    ranks: np.ndarray,
+    masked: np.ndarray,
+    tokens_per_batch: int,
+    on_progress: Progress | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean cross-entropies and accuracies of the masked tokens, [levels, windows] fp64 each.
+
+    Args:
+        tokens: [windows, length] int64.
+        ranks: [windows, length] int64: the tokens with the smallest are masked.
+        masked: [levels] int64.
+    """
+    total = len(tokens) * len(masked)
+    losses, correct = np.zeros((2, total))
+    step = max(tokens_per_batch // tokens.shape[1], 1)
+    for start in range(0, total, step):
+        window, level = np.divmod(np.arange(start, min(start + step, total)), len(masked))
+        hidden = ranks[window] < masked[level, None]
+        rows = np.flatnonzero(hidden)
+        inputs = np.where(hidden, model.tokenizer.mask_token_id, tokens[window])
+        found, best = _score(model, inputs, rows, tokens[window].reshape(-1)[rows])
+        owner = rows // tokens.shape[1]
+        here = slice(start, start + len(window))
+        losses[here] = np.bincount(owner, found, len(window)) / masked[level]
+        correct[here] = np.bincount(owner, best, len(window)) / masked[level]
+        if on_progress:
+            on_progress(start + len(window), total)
+    if np.isnan(losses).any():
+        raise ConfigError(f"{model.name} gives NaN; check its weights, or use a wider number format")
+    return losses.reshape(-1, len(masked)).T, correct.reshape(-1, len(masked)).T
+
+
+@torch.no_grad()
+def _score(model: TextModel, inputs: np.ndarray, rows: np.ndarray, targets: np.ndarray) -> tuple[Any, Any]:
+    """Cross-entropies [n] fp64 of ``targets`` at the flat positions ``rows``, and which have the largest logit."""
+    logits = model.denoise(torch.from_numpy(inputs).to(model.device), None, torch.from_numpy(rows).to(model.device))
+    wanted = torch.from_numpy(targets).to(logits.device)
+    losses, best = [], []
+    for start in range(0, len(rows), step := max(_CHUNK // logits.shape[1], 1)):
+        chunk, ids = logits[start : start + step].double(), wanted[start : start + step]
+        losses.append((chunk.logsumexp(1) - chunk.gather(1, ids[:, None])[:, 0]).cpu().numpy())
+        best.append((chunk.argmax(1) == ids).cpu().numpy())
+    return np.concatenate(losses), np.concatenate(best)
+
+
+def _mean(values: np.ndarray) -> Estimate:
+    """Of [windows] values."""
+    with np.errstate(invalid="ignore"):  # a model that gives a token no chance has no error
+        error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return Estimate(float(values.mean()), error)
+
+
+def _half_width(estimate: Estimate, windows: int) -> float:
+    """Of the 95 % interval; NaN, which is not drawn, where it is not known."""
+    if not math.isfinite(estimate.standard_error):
+        return math.nan
+    interval = LogLikelihood(0.0, estimate.standard_error, None, windows - 1).interval95()
+    assert interval is not None
+    return interval[1]
