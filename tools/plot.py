@@ -26,32 +26,13 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
+from megatron_dlm.figure_style import COLORS, STYLE  # noqa: E402
+
 AXES = {
     "tokens": ("consumed_tokens", "training tokens"),
     "epochs": ("epoch", "epochs over the unique tokens"),
     "steps": ("step", "training steps"),
     "flops": ("training_flops", "training FLOPs"),
-}
-STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titleweight": "bold",
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "axes.edgecolor": "#999999",
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.8,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.fontsize": 8.5,
-    "legend.framealpha": 0.85,
-    "legend.edgecolor": "none",
-    "font.family": "DejaVu Sans",
 }
 
 

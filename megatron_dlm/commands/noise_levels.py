@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--checkpoint is given {len(args.checkpoint)} times; give one model, or two to compare")
     levels = _levels(args.levels)
     _check_outputs(args)
-    from megatron_dlm.evaluation.noise_level_table import draw
+    from megatron_dlm.evaluation.noise_level_figure import draw
 
     try:
         tables = _measure(args, levels)

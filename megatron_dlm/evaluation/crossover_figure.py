@@ -14,26 +14,13 @@ from matplotlib.lines import Line2D
 
 from megatron_dlm.evaluation.crossover import Curve, Run, mean_curve
 from megatron_dlm.evaluation.crossover_cells import Cell, Pairing, mean
+from megatron_dlm.figure_style import BLUE, COLORS, GREY, RED, STYLE, save
 
 Axis = Literal["epochs", "flops"]
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; the first is the DLM's.
-_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
-_GREY = "#444444"
 _LABELS = {"epochs": "epochs over the unique tokens", "flops": "training FLOPs"}
-_STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#999999",
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "grid.color": "#E6E6E6",
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-}
+# The DLM's first, then the AR's.
+_COLORS = (RED, BLUE, *COLORS[2:])
 
 
 def draw(cells: Sequence[Cell], output: Path, axis: Axis = "epochs") -> None:
@@ -48,7 +35,7 @@ def draw(cells: Sequence[Cell], output: Path, axis: Axis = "epochs") -> None:
     variants = sorted({variant for cell in cells for variant in cell.arms}, key=lambda name: (name != "DLM", name))
     colors = {name: _COLORS[index % len(_COLORS)] for index, name in enumerate(variants)}
     rows = [(model, metric) for model in dict.fromkeys(c.model for c in cells) for metric in _metrics(cells, model)]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         size = (max(6.4, 4.4 * len(budgets)), 3.7 * len(rows) + 0.7)
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(len(rows), len(budgets), squeeze=False)
@@ -59,12 +46,7 @@ def draw(cells: Sequence[Cell], output: Path, axis: Axis = "epochs") -> None:
                 if cell is None or not _draw_panel(axes, cell, metric, axis, colors):
                     axes.axis("off")
         _legend(figure, colors, axis, several=any(len(runs) > 1 for cell in cells for runs in cell.arms.values()))
-        partial = output.with_name(f".{output.name}.partial")
-        try:
-            figure.savefig(partial, dpi=140, format=output.suffix.removeprefix("."))
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
+        save(figure, output)
 
 
 def _metrics(cells: Sequence[Cell], model: str) -> list[str]:
@@ -95,7 +77,7 @@ def _draw_panel(axes: Axes, cell: Cell, metric: str, axis: Axis, colors: dict[st
             axes.plot(*place, "o", color=colors[variant], markersize=6, markeredgecolor="white", zorder=4)
     unigrams = [run.unigram for runs in cell.arms.values() for run in runs.values() if run.unigram is not None]
     if metric == "loss" and unigrams:
-        axes.axhline(mean(unigrams), color=_GREY, linestyle=":", linewidth=1.3)
+        axes.axhline(mean(unigrams), color=GREY, linestyle=":", linewidth=1.3)
     if axis == "epochs":
         axes.set_xlim(left=0)
         for pairing in cell.pairings:
@@ -130,10 +112,10 @@ def _mark_crossing(axes: Axes, pairing: Pairing, means: dict[str, Curve], colors
 def _legend(figure: Figure, colors: dict[str, str], axis: Axis, *, several: bool) -> None:
     handles = [Line2D([], [], color=color, linewidth=2.5, label=name) for name, color in colors.items()]
     if several:
-        handles.append(Line2D([], [], color=_GREY, linewidth=0.9, alpha=0.6, label="one seed"))
-    handles.append(Line2D([], [], color=_GREY, linestyle="", marker="o", markersize=6, label="best of the mean"))
+        handles.append(Line2D([], [], color=GREY, linewidth=0.9, alpha=0.6, label="one seed"))
+    handles.append(Line2D([], [], color=GREY, linestyle="", marker="o", markersize=6, label="best of the mean"))
     if axis == "epochs":
         mark = {"linestyle": "", "marker": "*", "markersize": 12, "color": "#FFD23F", "markeredgecolor": "black"}
         handles.append(Line2D([], [], label="the curves cross", **mark))
-    handles.append(Line2D([], [], color=_GREY, linestyle=":", linewidth=1.3, label="unigram cross-entropy"))
+    handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.3, label="unigram cross-entropy"))
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9, frameon=False)

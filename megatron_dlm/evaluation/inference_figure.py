@@ -10,32 +10,16 @@ from typing import Any
 from megatron_dlm.config import ConfigError, ModelConfig
 from megatron_dlm.data.errors import DataError
 from megatron_dlm.evaluation.inference_cost import BLOCK_LENGTH, LENGTHS, Curve, InferenceCosts, inference_costs
+from megatron_dlm.figure_style import BLUE, GREEN, GREY, ORANGE, RED, SKY, STYLE, save
 
 _SUFFIXES = (".png", ".svg", ".pdf")
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-_BLUE, _SKY, _RED, _ORANGE, _GREEN, _GREY = "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#444444"
-_STYLE: dict[Any, Any] = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titleweight": "bold",
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.edgecolor": "#999999",
-    "axes.labelsize": 9.5,
-    "grid.color": "#E6E6E6",
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "font.family": "DejaVu Sans",
-}
 # Curves of our sampler by name: colour and label.
 _LINES = {
-    "DLM, L steps": (_RED, "DLM, one step a token"),
-    "DLM, L/4 steps": (_ORANGE, "DLM, one step for 4 tokens"),
-    "DLM, 32 steps": (_GREEN, "DLM, 32 steps"),
-    "AR, recomputed": (_SKY, "AR, without a cache"),
-    "AR, KV cache": (_BLUE, "AR, KV cache"),
+    "DLM, L steps": (RED, "DLM, one step a token"),
+    "DLM, L/4 steps": (ORANGE, "DLM, one step for 4 tokens"),
+    "DLM, 32 steps": (GREEN, "DLM, 32 steps"),
+    "AR, recomputed": (SKY, "AR, without a cache"),
+    "AR, KV cache": (BLUE, "AR, KV cache"),
 }
 
 
@@ -72,7 +56,7 @@ def draw(
 
     lengths = [2**power for power in range(4, 13)]
     costs = inference_costs(model, vocab_size, head_columns=head_columns, prompt_tokens=prompt_tokens, lengths=lengths)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12.4, 5.9), layout="constrained")
         flops, ratio = figure.subplots(1, 2)
         _draw_panel(flops, costs, lambda curve: curve.flops)
@@ -82,14 +66,9 @@ def draw(
         _write_published_ratios(ratio, costs)
         ratio.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}x" if value >= 1 else f"{value:g}x")
         _legend(figure)
-        figure.suptitle(title, fontsize=10, color=_GREY)
-        partial = output.with_name(f".{output.name}.partial")
+        figure.suptitle(title, fontsize=10, color=GREY)
         try:
-            try:
-                figure.savefig(partial, dpi=140, format=output.suffix.lower().removeprefix("."))
-                partial.replace(output)
-            finally:
-                partial.unlink(missing_ok=True)
+            save(figure, output)
         except OSError as error:
             raise DataError(f"cannot write {output}: {error.strerror}; choose another file") from None
 
@@ -101,7 +80,7 @@ def _draw_panel(axes: Any, costs: InferenceCosts, values: Callable[[Curve], list
         axes.plot(costs.lengths, values(ours[name]), color=color, linewidth=2.0)
     published = {curve.name: curve for curve in costs.published}
     growing = published[f"DLM, L steps, growing by {BLOCK_LENGTH}"]
-    axes.plot(costs.lengths, values(growing), "--", color=_GREY, linewidth=1.4)
+    axes.plot(costs.lengths, values(growing), "--", color=GREY, linewidth=1.4)
     at = [index for index, length in enumerate(costs.lengths) if length in LENGTHS]
     for curve in costs.published[:2]:
         axes.plot(
@@ -109,7 +88,7 @@ def _draw_panel(axes: Any, costs: InferenceCosts, values: Callable[[Curve], list
             [values(curve)[index] for index in at],
             "o",
             markerfacecolor="none",
-            markeredgecolor=_GREY,
+            markeredgecolor=GREY,
             markersize=8,
             markeredgewidth=1.3,
             clip_on=False,
@@ -128,7 +107,7 @@ def _write_published_ratios(axes: Any, costs: InferenceCosts) -> None:
     for length, value in zip(costs.lengths, costs.published[1].ratio, strict=True):
         if length in LENGTHS:
             style: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "bottom"}
-            axes.annotate(f"{value:,.0f}x", (length, value), xytext=(-6, 5), fontsize=9, color=_GREY, **style)
+            axes.annotate(f"{value:,.0f}x", (length, value), xytext=(-6, 5), fontsize=9, color=GREY, **style)
 
 
 def _legend(figure: Any) -> None:
@@ -137,7 +116,7 @@ def _legend(figure: Any) -> None:
     handles = [Line2D([], [], color=color, label=label) for color, label in _LINES.values()]
     circle: dict[str, Any] = {"marker": "o", "linestyle": "", "markerfacecolor": "none", "markersize": 8}
     handles += [
-        Line2D([], [], color=_GREY, label="published convention (no prompt)", **circle),
-        Line2D([], [], color=_GREY, linestyle="--", label=f"the convention, text growing by {BLOCK_LENGTH}"),
+        Line2D([], [], color=GREY, label="published convention (no prompt)", **circle),
+        Line2D([], [], color=GREY, linestyle="--", label=f"the convention, text growing by {BLOCK_LENGTH}"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)

@@ -21,12 +21,8 @@ from megatron_dlm.config import ConfigError
 from megatron_dlm.data.errors import DataError
 from megatron_dlm.data.tokenizer import ByteTokenizer
 from megatron_dlm.evaluation.generation import TextModel, open_text_model
-from megatron_dlm.evaluation.noise_level_table import (
-    NoiseLevelTable,
-    compare,
-    draw,
-    noise_level_table,
-)
+from megatron_dlm.evaluation.noise_level_figure import draw
+from megatron_dlm.evaluation.noise_level_table import NoiseLevelTable, compare, noise_level_table
 from tests.exports import make_checkpoint
 from tests.unit.test_text_nelbo import SEQ, VOCAB, Letters, Tiny, random_texts, tiny_model, write_documents
 

@@ -1,0 +1,46 @@
+"""How all figures look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+BLUE, RED, GREEN, PINK, SKY, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
+"""Okabe and Ito's colours, which the colour-blind can tell apart."""
+GREY = "#444444"
+COLORS = (BLUE, RED, GREEN, PINK, SKY, ORANGE, "#555555")
+"""For several of a kind, in this order."""
+
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.edgecolor": "#999999",
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.framealpha": 0.85,
+    "legend.edgecolor": "none",
+    "font.family": "DejaVu Sans",
+}
+"""For ``matplotlib.rc_context``."""
+
+
+def save(figure: Any, output: Path) -> None:
+    """Write a figure in the format that the suffix of ``output`` names; beside, then renamed.
+
+    Raises ``OSError`` where it cannot be written; then what was at ``output`` is still there.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        figure.savefig(partial, dpi=140, format=output.suffix.lower().removeprefix("."))
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
