@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python -m
 DEMO := runs/demo
 
-.PHONY: help demo test parity exactness kernels-report test-py312 lint types clean
+.PHONY: help demo test browser parity exactness kernels-report test-py312 lint types clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,14 +17,26 @@ help:  ## Show this help
 demo: $(STAMP) $(DEMO)-data/.prepared  ## Train a small model on real text, in minutes; goes on where it was stopped
 	$(RUN) megatron_dlm train --config examples/configs/demo.yaml
 	$(VENV)/bin/python tools/plot.py $(DEMO)/metrics.jsonl --output $(DEMO)/loss.png
+	$(RUN) megatron_dlm export --checkpoint $(DEMO) --output $(DEMO)/hf --overwrite
+	@echo "What a model of some minutes of training on two CPU cores fills in, loaded with AutoModelForCausalLM:"
+	$(VENV)/bin/python examples/infill.py $(DEMO)/hf
+	$(RUN) megatron_dlm sample --checkpoint $(DEMO)/hf --prompt "def " --max-new-tokens 96 --trace $(DEMO)/denoising.html
 
 $(DEMO)-data/.prepared: | $(STAMP)
 	$(RUN) megatron_dlm prepare --embedded --train-sentencepiece 1024 --valid-fraction 0.02 --output $(DEMO)-data --overwrite
 	touch $@
 
-test: lint types  ## Build the environment, check style and types, run all tests
+test: lint types browser  ## Build the environment, check style and types, run all tests
 	$(RUN) pytest
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) pytest tests/interpreter
+
+browser:  ## Install Chromium for the tests of the HTML page, where that asks for no password
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	log=$$(mktemp); export DEBIAN_FRONTEND=noninteractive; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "Installing Chromium for the tests (apt-get) ..." \
+		&& { timeout 60 apt-get update; timeout 600 apt-get install -y --no-install-recommends chromium; } \
+		>$$log 2>&1 </dev/null; then echo "Chromium is installed."; \
+	else tail -n 1 $$log; echo "No Chromium: the tests of the HTML page are skipped (apt-get install chromium)."; fi; rm -f $$log
 
 parity: $(STAMP)  ## Print the whole table of layouts against one process (minutes)
 	OMP_NUM_THREADS=1 $(RUN) pytest tests/distributed/test_parity.py -s -m 'slow or not slow'

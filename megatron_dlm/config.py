@@ -225,6 +225,20 @@ class OptimizerConfig:
 
 
 @dataclass
+class TaskConfig:
+    """Questions that a run is asked, as `megatron-dlm evaluate` does."""
+
+    name: Literal["hellaswag", "mmlu", "arc_easy", "arc_challenge", "piqa", "lambada"]
+    """The task."""
+    path: str
+    """Its file, or a folder that has it (see `megatron-dlm evaluate --help`)."""
+    limit: int | None = None
+    """Questions, the first ones; null: all."""
+    samples: int | None = None
+    """Masks of every answer; null: 128, and 1 where all answers are single tokens."""
+
+
+@dataclass
 class EvaluateConfig:
     """Held-out evaluation during training."""
 
@@ -232,6 +246,12 @@ class EvaluateConfig:
     """Steps between evaluations; there is one at the end too."""
     sequences: int = 64
     """Held-out sequences of one evaluation (all there are, if fewer)."""
+    samples: list[str] = field(default_factory=list)
+    """Prompts that the model continues at every evaluation: printed, and written to samples.jsonl and TensorBoard."""
+    sample_tokens: int = 64
+    """New tokens of a sample, and as many forwards of the prompts as one batch."""
+    tasks: list[TaskConfig] = field(default_factory=list)
+    """Multiple-choice tasks of every evaluation: a list of {name, path, limit, samples}; needs data.valid."""
 
 
 @dataclass
@@ -244,6 +264,9 @@ class CheckpointConfig:
     """Newest checkpoints that are kept."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint of run.directory if there is one."""
+    initialize_from: str | None = None
+    """Begin with the weights of this checkpoint (a run's, or an imported one) instead of random ones; only at step 0.
+    A run that goes on from a checkpoint of its own does not read it."""
 
 
 @dataclass

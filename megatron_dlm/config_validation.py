@@ -22,7 +22,8 @@ _POSITIVE = (
     "parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size "
     "parallel.virtual_pipeline_model_parallel_size parallel.data_parallel_size kernels.chunk_rows "
     "data.sequence_length data.unique_tokens train.steps train.epochs train.micro_batch_size train.global_batch_size "
-    "train.log_interval optimizer.lr evaluate.interval evaluate.sequences checkpoint.interval checkpoint.keep"
+    "train.log_interval optimizer.lr evaluate.interval evaluate.sequences evaluate.sample_tokens checkpoint.interval "
+    "checkpoint.keep"
 ).split()
 _NOT_NEGATIVE = (
     "run.seed train.max_skipped_steps optimizer.min_lr optimizer.warmup_steps optimizer.decay_steps "
@@ -44,6 +45,7 @@ def validate(config: Config, *, world_size: int | None = None, vocab_size: int |
     _check_batch(config, data_parallel_size(config, world_size))
     _check_data(config)
     check_diffusion(config.diffusion)
+    _check_tasks(config)
     if config.rows_per_sequence == 2 and config.train.global_batch_size % 2:
         raise ConfigError(
             f"train.global_batch_size ({config.train.global_batch_size}) must be even with diffusion.complementary: "
@@ -132,6 +134,22 @@ def data_parallel_size(config: Config, world_size: int | None) -> int | None:
     return world_size // shard
 
 
+def _check_tasks(config: Config) -> None:
+    tasks = config.evaluate.tasks
+    if tasks and not config.data.valid:
+        raise ConfigError(
+            "evaluate.tasks are part of the held-out evaluation, so data.valid must name a corpus; add one"
+        )
+    for index, task in enumerate(tasks):
+        if not task.path.strip():
+            raise ConfigError(f"evaluate.tasks[{index}].path is empty; give the file of {task.name}, or its folder")
+        for key, value in (("limit", task.limit), ("samples", task.samples)):
+            if value is not None and not 1 <= value < 2**31:
+                raise ConfigError(f"evaluate.tasks[{index}].{key} is {value}; it must be at least 1 and below 2**31")
+        if task.name in (other.name for other in tasks[:index]):
+            raise ConfigError(f"evaluate.tasks names {task.name} twice; leave one out")
+
+
 def _leaves(section: Any, prefix: str = "") -> dict[str, Any]:
     """The values of the tree by dotted key (lists and mappings are values)."""
     found: dict[str, Any] = {}
@@ -157,6 +175,10 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(f"{key} is {value}; it must be between 0 and 1")
         if key in _BELOW_ONE and not 0 <= value < 1:
             raise ConfigError(f"{key} is {value}; it must be at least 0 and below 1")
+    if config.checkpoint.initialize_from is not None and not config.checkpoint.initialize_from.strip():
+        raise ConfigError(
+            "checkpoint.initialize_from is empty; name a checkpoint or a run directory, or set it to null"
+        )
     if config.run.seed >= 2**64:
         raise ConfigError(f"run.seed is {config.run.seed}; it must be below 2**64")
     if not config.run.directory.strip():
