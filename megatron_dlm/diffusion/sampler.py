@@ -5,6 +5,7 @@ Pure functions of ``denoise``. This file imports torch only, because a copy of i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -27,14 +28,15 @@ class SamplerOptions:
     """How masks are filled in. Raises ``ValueError`` for what contradicts itself, in one line."""
 
     steps: int | None = None
-    """Denoising steps of every sequence, over all its blocks; None: one for each token."""
+    """Denoising steps of every sequence, divided over its blocks by their masks; None: one for each token."""
     block_length: int | None = None
     """Masks that are filled in before those to their right are; None: all at once."""
     remasking: Remasking = "low_confidence"
     """Which candidates are kept: those of the largest probability, of the largest margin between the two best tokens,
     of the smallest entropy, or any; the others stay masked."""
     threshold: float | None = None
-    """Keep every candidate whose confidence is above this, and at least one, instead of a fixed number a step."""
+    """Keep every candidate whose confidence is above this, and at least one, instead of a fixed number a step. From 0
+    to 1; for entropy, whose negative is the confidence, at most 0."""
     temperature: float = 0.0
     """Of the Gumbel noise on the logits; 0: the token of the largest logit."""
     top_p: float = 1.0
@@ -64,6 +66,9 @@ class SamplerOptions:
                 raise ValueError("steps and threshold both say how many tokens a step fills in; give one of them")
             if self.remasking == "random":
                 raise ValueError("threshold needs a confidence, which random remasking has not; choose another")
+            low, high = (float("-inf"), 0.0) if self.remasking == "entropy" else (0.0, 1.0)
+            if not low <= self.threshold <= high:
+                raise ValueError(f"threshold is {self.threshold}; with {self.remasking} it is from {low:g} to {high:g}")
 
 
 class Step(NamedTuple):
@@ -209,10 +214,12 @@ class _State:
         self.new = inside & (column >= torch.tensor(self.prompt_lengths, device=device)[:, None])
         self.masked = inside & (self.tokens == mask_token_id)
         self.given = inside & ~self.masked
-        self.block = (self.masked.cumsum(1) - 1) // (options.block_length or width)
+        self.block = (self.masked.cumsum(1) - 1) // min(options.block_length or width, width)
         self.quotas = [self._quotas(int(count)) for count in self.masked.sum(1)]
         self.taken = [0] * len(prompts)  # steps of every row
-        self.generators = [torch.Generator(device).manual_seed(options.seed << 20 | row) for row in range(len(prompts))]
+        self.generators = [
+            torch.Generator(device).manual_seed(_mixed(options.seed, row)) for row in range(len(prompts))
+        ]
         self.revealed = torch.zeros_like(self.masked)
         self.confidence = torch.zeros_like(self.tokens, dtype=torch.float32)
 
@@ -227,10 +234,8 @@ class _State:
                 f"steps ({self.options.steps}) must be at least the number of blocks ({len(blocks)}); give more, or a "
                 "larger block_length"
             )
-        share, extra = divmod(self.options.steps, len(blocks)) if blocks else (0, 0)
         quotas = []
-        for index, count in enumerate(blocks):
-            steps = min(share + (index < extra), count)
+        for count, steps in zip(blocks, _shared(self.options.steps, blocks), strict=True):
             quotas += [count // steps + (step < count % steps) for step in range(steps)]
         return quotas
 
@@ -291,6 +296,22 @@ class _State:
                 stop = row.index(end, start)
                 row[stop:] = [end] * (len(row) - stop)
         return rows
+
+
+def _shared(steps: int, blocks: list[int]) -> list[int]:
+    """Steps of every block, at least one and at most one for each of its masks; equal blocks share as in LLaDA."""
+    total = sum(blocks)
+    steps = min(steps, total)
+    shares = [max(1, steps * count // total) for count in blocks]
+    for index, count in enumerate(blocks):
+        if sum(shares) < steps and shares[index] < count:
+            shares[index] += 1
+    return shares
+
+
+def _mixed(seed: int, row: int) -> int:
+    """The seed of a row's generator: torch's on a CPU keeps the low 32 bits only, so all bits must be in them."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{row}".encode(), digest_size=7).digest(), "big")
 
 
 def _guided(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable
 
 import pytest
@@ -129,8 +131,82 @@ def test_stops_at_end_of_document_and_leaves_finished_rows_alone() -> None:
     assert result.forwards == 16 and [size for size, _ in model.calls] == [2] * 4 + [1] * 12
     assert result.sequence_forwards == 20
     # An end that was given is no end.
-    given = sample(Bidirectional(), [[END, 5]], mask_token_id=MASK, end_of_document_id=END, max_new_tokens=3)
-    assert given.texts[0][:2] == [END, 5]
+    ids = {"mask_token_id": MASK, "end_of_document_id": END, "forbidden_token_ids": [END]}
+    given = sample(Bidirectional(), [[END, MASK, 5]], max_new_tokens=3, **ids)
+    assert given.forwards == 4 and len(given.texts[0]) == 6 and MASK not in given.texts[0]
+
+
+def plainly(model: Bidirectional, prompt: list[int], new: int, options: SamplerOptions) -> list[int]:
+    """One row by the definitions, slowly: temperature 0, every remasking but random, guidance, steps, an end."""
+    row, given = prompt + [MASK] * new, [token != MASK for token in prompt] + [False] * new
+    places = [i for i, known in enumerate(given) if not known]
+    length = options.block_length or len(places)
+    blocks = [places[i : i + length] for i in range(0, len(places), length)]
+    total = min(options.steps or len(places), len(places))
+    shares = [max(1, total * len(block) // len(places)) for block in blocks]
+    for i, block in enumerate(blocks):
+        shares[i] += sum(shares) < total and shares[i] < len(block)
+    for block, steps in zip(blocks, shares, strict=True):
+        for step in range(steps):
+            x = torch.tensor(row)
+            logits = model.logits(x)
+            if options.guidance:
+                without = model.logits(torch.where(torch.tensor(given), MASK, x))
+                logits = without + (options.guidance + 1) * (logits - without)
+            logits[:, MASK] = -float("inf")
+            scores = {}
+            for i in (i for i in block if row[i] == MASK):
+                p = logits[i].softmax(0)
+                best, second = p.sort(descending=True).values[:2].tolist()
+                entropy = -sum(v * math.log(v) for v in p.tolist() if v > 0)
+                measures = {"low_confidence": best, "margin": best - second, "entropy": -entropy}
+                scores[i] = measures[options.remasking]
+            count = len(block) // steps + (step < len(block) % steps)
+            for i in sorted(scores, key=lambda i: (-scores[i], i))[:count]:
+                row[i] = int(logits[i].argmax())
+            ends = [i for i in range(len(prompt), len(row)) if row[i] == END]
+            if ends and MASK not in row[: ends[0]]:
+                return row[: ends[0]] + [END] * (len(row) - ends[0])
+    return row
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "margin", "entropy"])
+@pytest.mark.parametrize("seed", range(12))
+def test_equals_the_definitions_row_by_row(remasking: str, seed: int) -> None:
+    """Rows of other lengths, masks inside, other steps and blocks, ends at other times; each as if it were alone."""
+    choose = random.Random(seed)
+    model = Bidirectional(seed)
+    model.head[:, END] = model.head[:, choose.randrange(20)] * 1.2  # a token that is written now and then
+    prompts = [[choose.choice([MASK, *range(20)]) for _ in range(choose.randrange(1, 9))] for _ in range(4)]
+    new, block_length = choose.randrange(3, 12), choose.choice([None, 1, 3, 5])
+    steps = choose.choice([None, 20, 40] if block_length == 1 else [None, 7, 9, 20])
+    guidance = choose.choice([0.0, 0.7, -1.0])
+    options = SamplerOptions(steps=steps, block_length=block_length, remasking=remasking, guidance=guidance)
+    result = sample(model, prompts, options, mask_token_id=MASK, end_of_document_id=END, max_new_tokens=new)
+    assert result.tokens == [plainly(model, prompt, new, options) for prompt in prompts]
+    sizes = [size for size, _ in model.calls[: result.forwards]]
+    assert sizes == sorted(sizes, reverse=True) and sum(sizes) == result.sequence_forwards
+
+
+def test_random_remasking_keeps_any_place_and_every_seed_is_its_own() -> None:
+    def first(seed: int) -> tuple[int, ...]:
+        steps: list[Step] = []
+        options = SamplerOptions(remasking="random", seed=seed, steps=4)
+        sample(Bidirectional(), [[1]], options, mask_token_id=MASK, max_new_tokens=8, on_step=steps.append)
+        return tuple(steps[1].revealed[0].nonzero().flatten().tolist())
+
+    kept = [first(seed) for seed in (*range(40), *(4096 * i for i in range(1, 41)))]
+    assert len(set(kept)) > 15 and {place for places in kept for place in places} == set(range(1, 9))
+    draws = {tuple(fill(Bidirectional(), [[1]], 12, temperature=3.0, seed=4096 * i)[0]) for i in range(20)}
+    assert len(draws) == 20
+
+
+def test_steps_are_divided_by_masks() -> None:
+    for masks, steps, forwards in ((33, 33, 33), (40, 40, 40), (100, 50, 50), (33, 2, 2), (33, 99, 33)):
+        options = SamplerOptions(steps=steps, block_length=32)
+        model = Bidirectional()
+        model.position = model.position.repeat(3, 1)
+        assert sample(model, [[1]], options, mask_token_id=MASK, max_new_tokens=masks).forwards == forwards
 
 
 def test_infilling_reads_both_sides_and_changes_nothing_else() -> None:
@@ -183,6 +259,8 @@ def test_draws_have_the_softmax_distribution() -> None:
     for temperature in (0.5, 1.0, 3.0):
         expected = (logits[:5] / temperature).softmax(0)
         assert (counts(temperature=temperature) - expected).abs().max() < 0.012
+    warm = counts(temperature=3.0, top_p=0.5)  # the set is that at the temperature: 0.31 and 0.23
+    assert (warm[[2, 0]] - (logits[[2, 0]] / 3).softmax(0)).abs().max() < 0.012 and warm[[1, 3, 4]].sum() == 0
     nucleus = counts(temperature=1.0, top_p=0.6)  # the best has 0.54
     expected = logits[[2, 0]].softmax(0)
     assert (nucleus[[2, 0]] - expected).abs().max() < 0.012 and nucleus[[1, 3, 4]].sum() == 0
@@ -247,6 +325,12 @@ def test_causal_models_continue_greedily() -> None:
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"guidance": -2.0}, "guidance is -2.0"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"threshold": float("nan")}, "threshold is nan"),
+        ({"threshold": 1.5}, "from 0 to 1"),
+        ({"threshold": 0.5, "remasking": "entropy"}, "from -inf to 0"),
         ({"steps": 4, "threshold": 0.5}, "give one of them"),
         ({"threshold": 0.5, "remasking": "random"}, "random remasking"),
         ({"steps": 2, "block_length": 2}, r"steps \(2\) must be at least the number of blocks \(3\)"),
