@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dlm import launch
 from megatron_dlm.config import ConfigError, ParallelConfig
+from megatron_dlm.config_validation import MAX_SEQUENCE_LENGTH
 from megatron_dlm.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("what to write (without one of the first three: a text from nothing)")
     one = text.add_mutually_exclusive_group()
     repeated: dict[str, Any] = {"action": "append", "metavar": "TEXT"}
-    one.add_argument("--prompt", help="continue this; may be repeated; \\n is a newline", **repeated)
+    one.add_argument(
+        "--prompt",
+        help="continue this; may be repeated; \\n, \\t and \\\\ are a newline, a tab, a backslash",
+        **repeated,
+    )
     one.add_argument("--prompt-file", metavar="FILE", help="continue the text of this file; - is the standard input")
     one.add_argument("--infill", help="fill in every ____ of this; may be repeated; \\n is a newline", **repeated)
     text.add_argument("--infill-tokens", type=int, default=16, metavar="N", help="tokens of every ____ (%(default)s)")
@@ -75,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
     )
+    if min(args.tensor_model_parallel_size, args.pipeline_model_parallel_size) < 1:
+        raise ConfigError("--tensor- and --pipeline-model-parallel-size must be at least 1")
     if layout.model_parallel_size > 1 and not launch.started_by_torchrun():
         raise ConfigError(
             f"this layout needs {layout.model_parallel_size} processes: torchrun --nproc-per-node "
@@ -114,17 +121,28 @@ def _run(model: TextModel, texts: list[str], options: SamplerOptions, args: argp
 def _texts(args: argparse.Namespace) -> list[str]:
     """What is to be continued or filled in."""
     for name in ("max_new_tokens", "infill_tokens"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    if args.trace and not args.trace.parent.is_dir():
-        raise DataError(f"cannot write {args.trace}: {args.trace.parent} is no directory; make it first")
-    if args.prompt_file:
+        if not 1 <= (value := getattr(args, name)) <= MAX_SEQUENCE_LENGTH:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be from 1 to {MAX_SEQUENCE_LENGTH}")
+    if args.trace is not None:
+        if args.trace.suffix.lower() not in (".html", ".htm") or os.path.lexists(args.trace) > args.trace.is_file():
+            raise DataError(f"cannot write a page to {args.trace}; give --trace a file name that ends in .html")
+        if not args.trace.parent.is_dir():
+            raise DataError(f"cannot write {args.trace}: {args.trace.parent} is no directory; make it first")
+    if args.prompt_file == "-" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("only one process can read the standard input; give --prompt-file a file")
+    if args.prompt_file is not None:
         try:
             source = Path(args.prompt_file)
             return [sys.stdin.read() if args.prompt_file == "-" else source.read_text(encoding="utf-8")]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read the prompt {args.prompt_file}: {error}; give a UTF-8 text file") from None
-    return [_unescape(text) for text in args.infill or args.prompt or [""]]
+    texts = [_unescape(text) for text in args.infill or args.prompt or [""]]
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"the prompt {text!r} is not UTF-8; give its bytes in a file of text") from None
+    return texts
 
 
 def _unescape(text: str) -> str:
@@ -192,19 +210,21 @@ def _sample(
         seconds = time.perf_counter() - started
     if not first:
         return
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     for number, row in enumerate(samples.texts, 1):
         if len(prompts) > 1:
             _say(f"--- {number} of {len(prompts)}")
         text = tokenizer.decode(row)
         # A file gets the text as it is, a terminal nothing that it would obey.
-        print(visible(text, keep="\n\t") if sys.stdout.isatty() else text, flush=True)
+        text = visible(text, keep="\n\t") if sys.stdout.isatty() else text
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     holes = sum(row.count(tokenizer.mask_token_id) for row in prompts)
     written = holes + sum(map(len, samples.continuations))
     rate = f"{written / seconds:.1f} tokens/s"
     _say(f"speed    {written} tokens in {samples.forwards} forwards, {seconds:.2f} s: {rate}")
     if args.trace:
         details = {field.name: str(value) for field in fields(options) if (value := getattr(options, field.name))}
-        details |= {"model": model.name, "speed": rate}
+        details["model"] = model.name
         write(recorder.trace("Infilling" if infill else "Sampling", details), args.trace)
         _say(f"trace    {args.trace}")
 

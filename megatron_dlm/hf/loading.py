@@ -15,6 +15,7 @@ from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.diffusion.sampler import Denoise, SamplerOptions, Samples, Step
 
 _AUTOREGRESSIVE = ("qwen3", "llama")
+_REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def load_model(path: str) -> Any:
@@ -27,7 +28,7 @@ def load_model(path: str) -> Any:
     transformers = optional_module("transformers", f"the model {path}")
     try:
         model_type = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"cannot read {path}/config.json: {error}; export the model again") from None
     if model_type == "megatron_dlm":
         from megatron_dlm.hf.modeling_dlm import DLMForMaskedDiffusion as Model
@@ -38,10 +39,16 @@ def load_model(path: str) -> Any:
         raise ConfigError(f"{path} has model_type {model_type!r}; only {known} can be sampled here")
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = Model.from_pretrained(path, dtype="auto")
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        model, report = Model.from_pretrained(path, dtype="auto", output_loading_info=True)
+    except Exception as error:  # a wrong value in config.json or a damaged file raises nearly anything
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(f"cannot load {path}: {reason}; export the model again") from None
+    # transformers fills in what is missing with random numbers.
+    faults = [f"{key.removesuffix('_keys')} {min(map(str, report[key]))}" for key in _REPORTED if report.get(key)]
+    if faults:
+        raise ConfigError(
+            f"the weights of {path} are not those of its config.json ({', '.join(faults)}); export it again"
+        )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -67,6 +74,9 @@ def cached_generation(model: Any, tokenizer: Tokenizer) -> Callable[..., Samples
     """
     end = tokenizer.end_of_document_id
     first = [] if model.config.bos_token_id is None else [model.config.bos_token_id]
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    model.generation_config = GenerationConfig()  # what the directory asks for is not what the options say
 
     def generate(
         prompts: Sequence[Sequence[int]],
@@ -76,13 +86,12 @@ def cached_generation(model: Any, tokenizer: Tokenizer) -> Callable[..., Samples
         forbidden_token_ids: Sequence[int] = (),
         on_step: Callable[[Step], None] | None = None,
     ) -> Samples:
-        from transformers import GenerationConfig, StoppingCriteriaList
-
         inputs = [[*first, *prompt] for prompt in prompts]
         width = max(map(len, inputs))
         if min(map(len, inputs)) == 0 or max_new_tokens < 1:
             raise ValueError("this model needs a prompt and new tokens: give a longer prompt and max_new_tokens")
-        ids = torch.tensor([[end] * (width - len(row)) + row for row in inputs], device=model.device)
+        padding = end if end < model.config.vocab_size else 0
+        ids = torch.tensor([[padding] * (width - len(row)) + row for row in inputs], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in inputs], device=model.device)
         settings: dict[str, Any] = {"do_sample": False}
         if options.temperature:
@@ -91,7 +100,7 @@ def cached_generation(model: Any, tokenizer: Tokenizer) -> Callable[..., Samples
             max_new_tokens=max_new_tokens,
             suppress_tokens=[tokenizer.mask_token_id, *forbidden_token_ids],
             eos_token_id=end,
-            pad_token_id=end,
+            pad_token_id=padding,
             **settings,
         )
         watch = _Watch(prompts, width, tokenizer, max_new_tokens, on_step)

@@ -21,6 +21,18 @@ from megatron_dlm.diffusion.sampler import SamplerOptions, Samples, Step, sample
 from megatron_dlm.hf.configuration_dlm import DLMConfig
 
 _IGNORED = -100
+# Arguments of other models' generate that callers pass by habit, and the values that ask for nothing here; () any.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "do_sample": (),
+    "use_cache": (),
+    "top_k": (),
+    "max_length": (),
+    "num_beams": (1, None),
+    "num_return_sequences": (1, None),
+    "streamer": (None,),
+    "assistant_model": (None,),
+    "repetition_penalty": (1.0, None),
+}
 
 
 class DLMForMaskedDiffusion(Qwen3PreTrainedModel, GenerationMixin):
@@ -62,8 +74,8 @@ class DLMForMaskedDiffusion(Qwen3PreTrainedModel, GenerationMixin):
             position_ids: [batch, seq]; None: each row counts its own tokens, whatever the padding.
             inputs_embeds: [batch, seq, hidden] instead of ``input_ids``, without ``labels``.
             labels: [batch, seq] int64, the clean tokens x0; -100 where nothing is to be predicted (prompts, padding).
-                Where ``input_ids`` has [MASK] at labelled positions, it is taken as noised already. Where it has none,
-                it is noised here, as in training: of the L labelled tokens of a row, k are masked, k uniform on 1..L.
+                A row of ``input_ids`` with [MASK] at a labelled position is taken as noised already. One without is
+                noised here, as in training: of its L labelled tokens k are masked, k uniform on 1..L.
             loss_weights: [batch] or [batch, seq], weights of the masked tokens' cross-entropies; None: L / k, which
                 makes the loss an estimate of the negative ELBO (LLaDA, arXiv 2502.09992, equation 6).
             rows: [n] int64, flat indices into [batch * seq] of the positions whose logits are wanted; None: all.
@@ -143,20 +155,15 @@ class DLMForMaskedDiffusion(Qwen3PreTrainedModel, GenerationMixin):
             ValueError: an unknown or contradictory keyword, or a prompt without any token.
         """
         prompts = inputs if inputs is not None else input_ids
-        if prompts is None:
-            raise ValueError("generate needs input_ids")
-        config = generation_config if generation_config is not None else self.generation_config
-        names = [field.name for field in fields(SamplerOptions)]
-        known = {name: getattr(config, name, None) for name in ("max_new_tokens", *names)}
-        ends = {name: getattr(config, name, None) for name in ("eos_token_id", "pad_token_id")}
-        for name, value in kwargs.items():
-            if name not in known and name not in ends:
-                raise ValueError(f"generate has no argument {name!r}; give {', '.join([*known, *ends])}")
-            (known if name in known else ends)[name] = value
+        if prompts is None or prompts.ndim != 2:
+            raise ValueError("generate needs input_ids of shape [batch, seq]")
+        if attention_mask is not None and (attention_mask.shape != prompts.shape or bool((attention_mask < 0).any())):
+            raise ValueError("attention_mask must have the shape of input_ids, with 1 for tokens and 0 for padding")
+        known, ends = self._settings(generation_config, kwargs)
         new, end = known.pop("max_new_tokens") or 0, ends["eos_token_id"]
-        if isinstance(end, list):
-            end = end[0]
-        padding = ends["pad_token_id"] if ends["pad_token_id"] is not None else end
+        if new < 0:
+            raise ValueError(f"max_new_tokens is {new}; it must not be negative")
+        end = end[0] if isinstance(end, list) else end
         real = torch.ones_like(prompts) if attention_mask is None else attention_mask
         samples = sample(
             self.denoise,
@@ -165,11 +172,34 @@ class DLMForMaskedDiffusion(Qwen3PreTrainedModel, GenerationMixin):
             mask_token_id=self.config.mask_token_id,
             end_of_document_id=end,
             max_new_tokens=new,
+            forbidden_token_ids=[] if new or end is None else [end],  # an infilled text goes on behind its masks
             device=prompts.device,
             on_step=on_step,
         )
+        padding = ends["pad_token_id"] if ends["pad_token_id"] is not None else end
         sequences = _as_padded(prompts, real, samples, new, padding)
         return GeneratedSamples(sequences, samples.forwards, samples) if return_dict_in_generate else sequences
+
+    def _settings(
+        self, generation_config: GenerationConfig | None, given: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(``max_new_tokens`` and the sampler's options, the end and padding ids); ``given`` goes before the rest."""
+        first = generation_config if generation_config is not None else self.generation_config
+        names = ["max_new_tokens", *(field.name for field in fields(SamplerOptions))]
+        known = {name: getattr(first, name, None) for name in names}
+        ends: dict[str, Any] = {"eos_token_id": None, "pad_token_id": None}
+        for config in (self.config, self.generation_config, first):
+            ends |= {name: value for name in ends if (value := getattr(config, name, None)) is not None}
+        for name, value in given.items():
+            if name in known:
+                known[name] = value
+            elif name in ends:
+                ends[name] = value
+            elif name not in _NEUTRAL or (_NEUTRAL[name] and value not in _NEUTRAL[name]):
+                raise ValueError(f"generate has no argument {name!r}; give {', '.join([*known, *ends])}")
+        if given.get("do_sample") is False:
+            known["temperature"] = 0.0
+        return known, ends
 
 
 @dataclass
@@ -194,23 +224,22 @@ def _as_padded(prompts: Tensor, real: Tensor, samples: Samples, new: int, paddin
         output[row, : prompts.shape[1]][keep] = output.new_tensor(tokens[:start])
         found = tokens[start : start + len(continuation) + 1]  # with end-of-document, if there is one
         output[row, prompts.shape[1] :] = output.new_tensor(
-            found + [found[-1] if padding is None else padding] * (new - len(found))
+            found + [padding if padding is not None else samples.end_of_document_id] * (new - len(found))
         )
     return output
 
 
 def _noised(input_ids: Tensor, labels: Tensor, mask_token_id: int, generator: torch.Generator | None) -> Tensor:
-    """``input_ids`` with masks at labelled positions: its own if it has some, else k of L in every row."""
+    """``input_ids`` with masks at labelled positions: a row's own if it has some, else k of its L."""
     eligible = labels != _IGNORED
-    if bool(((input_ids == mask_token_id) & eligible).any()):
-        return input_ids
+    clean = ~((input_ids == mask_token_id) & eligible).any(1, keepdim=True)
     device = input_ids.device if generator is None else generator.device
     uniform = torch.rand(input_ids.shape[0], input_ids.shape[1] + 1, device=device, generator=generator)
     uniform = uniform.to(input_ids.device)
     total = eligible.sum(1, keepdim=True)
     count = (uniform[:, :1] * total).long() + 1  # uniform on 1..L; above the ranks of a row that has no labels
     rank = uniform[:, 1:].masked_fill(~eligible, 2.0).argsort(1).argsort(1)
-    return input_ids.masked_fill((rank < count) & eligible, mask_token_id)
+    return input_ids.masked_fill((rank < count) & eligible & clean, mask_token_id)
 
 
 def _loss(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_dlm.cli import main
 from megatron_dlm.config import Config, ConfigError
@@ -145,6 +151,11 @@ def test_prompt_files(models: dict[str, Path], tmp_path: Path, capsys: Any) -> N
         (["--infill", "____", "--infill-tokens", "0"], "--infill-tokens is 0"),
         (["--prompt-file", "/nowhere"], "cannot read the prompt /nowhere"),
         (["--trace", "/nowhere/page.html"], "/nowhere is no directory"),
+        (["--trace", "/dev/null"], "ends in .html"),
+        (["--trace", "/tmp"], "ends in .html"),
+        (["--prompt", "a\udcff"], "is not UTF-8"),
+        (["--tensor-model-parallel-size", "0"], "must be at least 1"),
+        (["--max-new-tokens", str(10**10)], "--max-new-tokens is 10000000000"),
         (["--tensor-model-parallel-size", "2"], "torchrun --nproc-per-node 2"),
         (["--seed", "-1"], "seed is -1"),
     ],
@@ -163,3 +174,47 @@ def test_autoregressive_refusals_are_one_line(models: dict[str, Path], capsys: A
     assert capsys.readouterr().err == (
         "megatron-dlm: error: /nowhere is no directory; give a run, a checkpoint, or a Hugging Face directory\n"
     )
+
+
+def test_pipelines_of_transformers_write(models: dict[str, Path]) -> None:
+    from transformers import pipeline
+
+    path = str(models["masked_diffusion export"])
+    writer = pipeline("text-generation", model=path, trust_remote_code=True, device="cpu")
+    for settings in ({}, {"do_sample": False}, {"top_k": 20, "num_beams": 1}):
+        (found,) = writer("The import", max_new_tokens=6, **settings)
+        assert found["generated_text"].startswith("The import")
+
+
+def test_weights_that_are_not_there_are_not_made_up(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(models["masked_diffusion export"], folder)
+    weights = load_file(folder / "model.safetensors")
+    head = weights.pop("lm_head.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"not those of its config.json \(missing lm_head.weight\)"):
+        open_text_model(str(folder))
+    more = {**weights, "lm_head.weight": head, "more": head.clone()}
+    save_file(more, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="unexpected more"):
+        open_text_model(str(folder))
+    (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(ConfigError, match="cannot load"):
+        open_text_model(str(folder))
+
+
+def test_a_stream_that_cannot_show_a_text_gets_escapes(models: dict[str, Path]) -> None:
+    command = [sys.executable, "-m", "megatron_dlm", "sample", "--checkpoint", str(models["masked_diffusion export"])]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    result = subprocess.run(
+        [*command, "--prompt", "a\u20ac", "--max-new-tokens", "2"], env=environment, capture_output=True, timeout=120
+    )
+    assert result.returncode == 0 and result.stdout.startswith(b"a\\u20ac"), result.stderr
+    piped = subprocess.run(
+        f"{shlex.join(command)} --prompt a --prompt b --max-new-tokens 2 | head -c 0",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "Traceback" not in piped.stderr

@@ -129,6 +129,9 @@ def test_clean_inputs_are_noised_as_in_training() -> None:
     again = model(x, labels=labels, generator=torch.Generator().manual_seed(5)).loss
     assert torch.equal(loss, again)
     assert torch.equal(model(xt, labels=labels).loss, loss), "noised tokens are taken as they are"
+    mixed = torch.cat((xt[:1], x[1:2]))
+    model(mixed, labels=labels[:2])
+    assert torch.equal(embedded[-1][0], xt[0]) and (embedded[-1][1] == MASK).any(), "each row by itself"
     halves = [model(xt[i::2], labels=labels[i::2], num_items_in_batch=(labels != -100).sum()).loss for i in range(2)]
     assert abs(float(sum(halves) / loss) - 1) < 1e-5, "accumulated gradients are those of the whole batch"
 
@@ -196,8 +199,19 @@ def test_generation_settings(tmp_path: Path) -> None:
         True,
         "megatron_dlm",
     )
-    for wrong, message in (({"num_beams": 2}, "no argument 'num_beams'"), ({"steps": 0}, "steps is 0")):
+    other = GenerationConfig(max_new_tokens=5, steps=2, remasking="entropy")
+    assert torch.equal(loaded.generate(x, generation_config=other), expected), "the model's end of document stays"
+    assert torch.equal(loaded.generate(x, do_sample=False, temperature=0.7, top_k=5, use_cache=True), expected)
+    refused = {
+        "no argument 'num_beams'": {"num_beams": 2},
+        "steps is 0": {"steps": 0},
+        "max_new_tokens is -1": {"max_new_tokens": -1},
+        "shape of input_ids": {"attention_mask": torch.ones(1, 2)},
+        "1 for tokens and 0": {"attention_mask": torch.full((2, 4), -1.0)},
+    }
+    for message, wrong in refused.items():
         with pytest.raises(ValueError, match=message):
             loaded.generate(x, **wrong)
-    with pytest.raises(ValueError, match="needs input_ids"):
-        loaded.generate()
+    for nothing in ((), (x[0],)):
+        with pytest.raises(ValueError, match="needs input_ids"):
+            loaded.generate(*nothing)
