@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +103,16 @@ def test_samples_must_fit(tiny_data: Path, tmp_path: Path) -> None:
         preflight(config(tiny_data, tmp_path, "masked_diffusion", "one process", samples=["The "], sample_tokens=30))
     with pytest.raises(ConfigError, match="evaluate.sample_tokens is 0"):
         preflight(config(tiny_data, tmp_path, "masked_diffusion", "one process", sample_tokens=0))
+
+
+def test_a_stream_that_cannot_show_a_sample_does_not_stop_training(tmp_path: Path, monkeypatch: Any) -> None:
+    from megatron_dlm.training.metrics import Reporter
+
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    reporter = Reporter(tiny_config(tmp_path, run={"directory": str(tmp_path)}), active=True, steps=4, first_step=0)
+    reporter.samples(2, [("h\u00e9", "\ufffd")])
+    reporter.close()
+    stream.flush()
+    assert rb'"h\xe9" -> "\ufffd"' in stream.buffer.getvalue()
+    assert read(tmp_path, "samples.jsonl") == [{"step": 2, "prompt": "h\u00e9", "text": "\ufffd"}]
