@@ -1,4 +1,4 @@
-"""The command line: `megatron-dlm {prepare,train,doctor}`, also `python -m megatron_dlm` and under torchrun."""
+"""The command line: `megatron-dlm COMMAND`, also `python -m megatron_dlm` and under torchrun."""
 
 from __future__ import annotations
 
@@ -8,17 +8,27 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from keyword import iskeyword
+from types import ModuleType
 from typing import NoReturn
 
 from megatron_dlm import __version__
 from megatron_dlm.config import ConfigError
 from megatron_dlm.data.errors import DataError
+from megatron_dlm.errors import TrainingError
 
 _HEAD_START = 2.0  # seconds that rank 0 gets to print an error
 
 COMMANDS = {
     "prepare": "Turn text into the token files that training reads.",
     "train": "Train a model; starts one worker per process of the layout.",
+    "sample": "Print text from a run, a checkpoint or an export.",
+    "evaluate": "Ask a model the questions of public tasks, measure its NELBO, or run lm-eval's tasks.",
+    "export": "Turn a checkpoint into a Hugging Face directory.",
+    "import": "Turn a Hugging Face model into a checkpoint.",
+    "crossover": "Train paired DLM and AR models over a grid, and say when the DLM overtakes.",
+    "estimate": "Show what generating text and training cost, in FLOPs; needs no GPU.",
+    "noise-levels": "Show a masked diffusion model's loss and accuracy by mask ratio, or compare two.",
     "doctor": "Show what this machine has and which path a run will take.",
 }
 
@@ -34,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:  # under torchrun every process finds the same error, and the first to end makes it kill the others
             time.sleep(_HEAD_START)
         return 2
+    except TrainingError as error:
+        print(f"megatron-dlm: error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # of `| head`: nobody reads what would follow, and the interpreter must not try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         return 130
 
@@ -55,6 +71,10 @@ def _run(arguments: list[str]) -> int:
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         if arguments[:1] == [name]:
-            import_module(f"megatron_dlm.commands.{name}").add_arguments(subparser)
+            _module(name).add_arguments(subparser)
     args = parser.parse_args(arguments)
-    return import_module(f"megatron_dlm.commands.{args.command}").run(args)
+    return _module(args.command).run(args)
+
+
+def _module(command: str) -> ModuleType:
+    return import_module(f"megatron_dlm.commands.{command.replace('-', '_')}{'_' if iskeyword(command) else ''}")

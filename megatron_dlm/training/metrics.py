@@ -179,6 +179,7 @@ class Reporter:
             f"{record['valid_nelbo_ci95']:.4f} nats/tok | {record['valid_bits_per_byte']:.4f} +- "
             f"{record['valid_bits_per_byte_ci95']:.4f} bits/byte | perplexity {self._at_most}"
             f"{record['valid_perplexity_bound']:.5g} | unigram {record['valid_unigram']:.4f} nats/tok"
+            + "".join(f" | {text}" for text in _accuracies(record))
         )
 
     def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
@@ -186,9 +187,9 @@ class Reporter:
         if not self.active:
             return
         if step not in self._sampled:
+            lines = [json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n" for prompt, text in samples]
             with self._samples.open("a", encoding="utf-8") as file:
-                for prompt, text in samples:
-                    file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
+                file.write("".join(lines))
         for index, (prompt, text) in enumerate(samples):
             if self._board:
                 self._board.add_text(f"samples/{index}", _as_markdown(prompt + text), step)
@@ -197,7 +198,9 @@ class Reporter:
     def say(self, line: str) -> None:
         """Print a line, above the progress bar where there is one."""
         if self.active:
-            tqdm.write(line, file=sys.stdout)
+            # A sample may have what this stream cannot show, which is no reason to stop training.
+            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+            tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
             sys.stdout.flush()
 
     def close(self) -> None:
@@ -219,6 +222,15 @@ class Reporter:
             for name, number in values.items():
                 if self._board and name != "step" and isinstance(number, (int, float)):
                     self._board.add_scalar(name, number, record["step"])
+
+
+def _accuracies(record: dict[str, Any]) -> Iterator[str]:
+    """``hellaswag acc 0.2710 +- 0.0104`` for every task of an evaluation; behind +- is the standard error."""
+    for key, value in record.items():
+        if key.startswith("task/") and key.endswith("/acc"):
+            error = record[f"{key}_stderr"]
+            figure = "n/a" if value is None else f"{value:.4f}"
+            yield f"{key.split('/')[1]} acc {figure}" + (f" +- {error:.4f}" if error is not None else "")
 
 
 def shown(text: str) -> str:

@@ -15,6 +15,7 @@ from megatron_dlm.config_validation import check_schedule, validate
 from megatron_dlm.data.tokenizer import load_tokenizer
 from megatron_dlm.evaluation.held_out import held_out_nelbo, unigram_cross_entropy
 from megatron_dlm.evaluation.samples import Sample, check_samples, write_samples
+from megatron_dlm.evaluation.training_tasks import TrainingTasks, check_tasks
 from megatron_dlm.parallel import topology as parallel
 from megatron_dlm.parallel.megatron_config import check_pass_through
 from megatron_dlm.training import checkpoint
@@ -40,6 +41,7 @@ def preflight(config: Config, *, world_size: int | None = None) -> None:
     steps = total_steps(config, train_data)
     check_schedule(config, steps)
     check_samples(config, tokenizer)
+    check_tasks(config, tokenizer)
     if checkpoint.resumable(config, tokenizer, train_data, steps=steps) is None:
         check_initial_weights(config, tokenizer)
 
@@ -89,10 +91,11 @@ def train(training: Training) -> bool:
 
 
 class Evaluator:
-    """Samples, and the held-out NELBO beside the unigram cross-entropy, which is what token frequencies alone reach."""
+    """Samples, tasks, and the held-out NELBO beside the unigram cross-entropy, which token frequencies alone reach."""
 
     def __init__(self, training: Training) -> None:
         self._training = training
+        self._tasks = TrainingTasks(training)
         self._unigram: float | None = None
 
     def is_due(self, step: int) -> bool:
@@ -123,4 +126,5 @@ class Evaluator:
             "valid_perplexity_bound": math.exp(min(result.nelbo, 700.0)),  # beyond that the number overflows
             "valid_unigram": self._unigram,
             "valid_sequences": result.sequences,
+            **self._tasks(),
         }

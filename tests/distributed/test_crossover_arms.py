@@ -26,7 +26,7 @@ from megatron_dlm.crossover_grid import load_crossover
 from megatron_dlm.data.tokenizer import load_tokenizer
 from tests.runs import TINY
 
-STEPS = 60
+STEPS = 90
 DLM, AR = "base-1500tokens-dlm-seed7", "base-1500tokens-ar-seed7"
 FORK = multiprocessing.get_context("fork")
 
@@ -85,7 +85,7 @@ def _run(arguments: list[str], log: Path) -> None:
 
 
 def wait_for(condition: Callable[[], Any], process: BaseProcess) -> None:
-    until = time.monotonic() + 90
+    until = time.monotonic() + 180
     while not condition():
         assert process.is_alive() and time.monotonic() < until
         time.sleep(0.005)
@@ -152,7 +152,7 @@ def test_stopped_and_killed_it_is_the_one_that_was_left_alone(whole: Grid, tiny_
     wait_for(lambda: min(grid.done()) >= 4, process)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
-    process.join(60)
+    process.join(120)
     assert process.exitcode == 75
     assert "stopped: everything is saved, and the same command goes on" in grid.log()
     for arm in (DLM, AR):
@@ -166,7 +166,7 @@ def test_stopped_and_killed_it_is_the_one_that_was_left_alone(whole: Grid, tiny_
     arms = arms_of(process)
     process.kill()
     process.join()
-    _, alive = psutil.wait_procs(arms, timeout=60)
+    _, alive = psutil.wait_procs(arms, timeout=120)
     assert len(arms) == 2 and not alive, "arms do not outlive their crossover"
     assert max(grid.done()) < STEPS and not (grid.output / "crossover.json").exists()
     # One arm is killed: it fails alone.

@@ -1,0 +1,189 @@
+"""Evaluations of a model by tasks from local files: resumable, the same at every layout, with all that repeats them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_dlm.config import ConfigError
+from megatron_dlm.data.errors import DataError
+from megatron_dlm.diffusion.likelihood_masks import LikelihoodOptions
+from megatron_dlm.evaluation.generation import TextModel
+from megatron_dlm.evaluation.multiple_choice import (
+    Answer,
+    EncodedTask,
+    answer,
+    by_subject,
+    choice,
+    encode_task,
+    metrics,
+)
+from megatron_dlm.evaluation.partial_answers import PartialAnswers
+from megatron_dlm.evaluation.provenance import fingerprint, options_of
+from megatron_dlm.evaluation.tasks import Task
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """How tasks are evaluated."""
+
+    likelihood: LikelihoodOptions
+    """Its ``samples`` are not read."""
+    samples: int | None = None
+    """Masks of every option; None: 1 where all options are single tokens, else 128."""
+    log_questions: bool = False
+    """Have every question's answer in the results."""
+
+
+class Answers:
+    """Where finished answers go: a file beside the output, or nowhere. Rank 0 has it, and the others ask it."""
+
+    def __init__(self, model: TextModel, partial: PartialAnswers | None) -> None:
+        self._model, self._partial = model, partial
+
+    @property
+    def note(self) -> str | None:
+        """What the reader of the command's output should know; on rank 0."""
+        if self._partial is None or not self._partial.damaged:
+            return None
+        return f"{self._partial.path} was damaged, so what it had is evaluated again"
+
+    def known(self, key: str) -> dict[int, Answer]:
+        """The answers of an earlier run; collective."""
+        return on_first_rank(self._model, lambda: self._partial.known(key) if self._partial else {})
+
+    def add(self, key: str, new: Mapping[int, Answer]) -> None:
+        """Keep answers. Raises ``DataError``, one line."""
+        if self._partial:
+            self._partial.add(key, new)
+
+    def finish(self) -> None:
+        """The output is written; nothing is to be kept."""
+        if self._partial:
+            self._partial.remove()
+
+
+@contextlib.contextmanager
+def open_answers(model: TextModel, output: Path | None) -> Iterator[Answers]:
+    """The answers beside ``output``, if there is one; collective.
+
+    Raises:
+        ConfigError: another evaluation writes them; on every rank.
+        DataError: the file cannot be written; on every rank.
+    """
+    opened: list[PartialAnswers] = []
+    if output is not None:
+        on_first_rank(model, lambda: opened.append(PartialAnswers(output)))
+    try:
+        yield Answers(model, opened[0] if opened else None)
+    finally:
+        for partial in opened:
+            partial.close()
+
+
+def on_first_rank(model: TextModel, function: Callable[[], T]) -> T:
+    """What ``function`` gives on rank 0, on every rank; collective. Its ``ConfigError`` and ``DataError`` are raised
+    on every rank."""
+    if model.topology is None or model.topology.world_size == 1:
+        return function()
+    box: list[Any] = [None]
+    if model.topology.rank == 0:
+        try:
+            box = [(function(), None)]
+        except (ConfigError, DataError) as error:
+            box = [(None, error)]
+    dist.broadcast_object_list(box, src=0)
+    value, error = box[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def evaluate_task(
+    model: TextModel,
+    identity: dict[str, Any],
+    task: Task,
+    options: TaskOptions,
+    answers: Answers,
+    *,
+    on_progress: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
+    """The result of one task, for JSON; every rank of the model's layout must call it with the same arguments.
+
+    Args:
+        identity: see ``provenance.identify``.
+        on_progress: called with the share of the work that is done.
+
+    Returns:
+        metrics: each beside its standard error; questions; truncated: those whose contexts have lost their beginnings;
+        resumed: those that an earlier run had answered; files; options; seconds; subjects, where there are some; log:
+        every question, where it is asked for.
+
+    Raises:
+        ConfigError: the model gives NaN; one line.
+        DataError: an option has too many tokens or none, or answers cannot be kept; one line.
+    """
+    started = time.perf_counter()
+    encoded = encode_task(task, model.tokenizer, model.max_length)
+    likelihood = replace(options.likelihood, samples=encoded.samples(options.samples))
+    key = fingerprint(identity, task, likelihood)
+    known = {index: each for index, each in answers.known(key).items() if index < len(task.questions)}
+    try:
+        found = answer(
+            model,
+            encoded,
+            likelihood,
+            known=known,
+            on_answers=lambda new: answers.add(key, new),
+            on_progress=on_progress,
+        )
+    except (ConfigError, DataError):
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{task.name}: {error}") from None
+    result: dict[str, Any] = {
+        "metrics": flat(metrics(task.questions, found, task.kind)),
+        "questions": len(task.questions),
+        "truncated": encoded.truncated,
+        "resumed": len(known),
+        "num_fewshot": task.num_fewshot,
+        "files": task.files,
+        "options": None if model.autoregressive else options_of(likelihood),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    if subjects := by_subject(task.questions, found):
+        result["subjects"] = subjects
+    if options.log_questions:
+        result["log"] = list(_log(encoded, found))
+    return result
+
+
+def flat(figures: Mapping[str, tuple[float, float | None]]) -> dict[str, float | None]:
+    """``{"acc": value, "acc_stderr": error}``; None where there is no finite number, which JSON has not."""
+    result: dict[str, float | None] = {}
+    for name, (value, error) in figures.items():
+        result[name] = value if math.isfinite(value) else None
+        result[f"{name}_stderr"] = error
+    return result
+
+
+def _log(encoded: EncodedTask, found: list[Answer]) -> Iterator[dict[str, Any]]:
+    for question, requests, each in zip(encoded.task.questions, encoded.requests, found, strict=True):
+        record: dict[str, Any] = {
+            "origin": question.origin,
+            "answer": question.answer,
+            "choice": choice(question, each),
+            "values": [value if math.isfinite(value) else None for value in each.values],
+            "standard_errors": list(each.errors),
+            "tokens": [len(request.target) for request in requests],
+        }
+        yield record if each.greedy is None else record | {"greedy": each.greedy}

@@ -1,0 +1,178 @@
+"""Rows of task files, JSON lines or parquet, with one-line errors that say what does not fit and where."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_dlm.data.errors import DataError, optional_module
+from megatron_dlm.storage.manifest import record
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+
+
+class Row(NamedTuple):
+    """One question as its file has it."""
+
+    record: Mapping[str, Any]
+    origin: str
+    """File and line, for messages."""
+    layout: str
+    """What the rows of such a file hold, for messages."""
+    prefix: str = ""
+    """Of the keys, where this is a part of a row."""
+
+    def fault(self, key: str, what: str) -> DataError:
+        """The error of a value that does not fit."""
+        return DataError(f"{self.origin}: {self.prefix + key!r} {what}; the rows must have {self.layout}")
+
+    def value(self, key: str) -> Any:
+        """Raises ``DataError`` where it is missing."""
+        if key not in self.record:
+            raise self.fault(key, f"is missing (there are: {', '.join(map(str, self.record)) or 'none'})")
+        return self.record[key]
+
+    def text(self, key: str, *, empty: bool = False) -> str:
+        """A string. Raises ``DataError``; ``empty`` ones only where they are allowed."""
+        value = self.value(key)
+        if not isinstance(value, str):
+            raise self.fault(key, f"is {_show(value)}, no text")
+        if not value.strip() and not empty:
+            raise self.fault(key, "is an empty text")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise self.fault(key, f"is {_show(value)}, which is no valid Unicode") from None
+        return value
+
+    def texts(self, key: str, count: int | None = None, *, empty: bool = False) -> list[str]:
+        """At least two strings, or ``count``. Raises ``DataError``; ``empty`` ones only where they are allowed."""
+        values = self.value(key)
+        if not isinstance(values, list):
+            raise self.fault(key, f"is {_show(values)}, no list of texts")
+        if len(values) < 2 or count not in (None, len(values)):
+            raise self.fault(key, f"has {len(values)} texts instead of {count or 'at least 2'}")
+        part = Row({f"{key}[{i}]": value for i, value in enumerate(values)}, self.origin, self.layout, self.prefix)
+        return [part.text(name, empty=empty) for name in part.record]
+
+    def index(self, key: str, count: int) -> int:
+        """A number of an option, from 0 to ``count`` - 1; as text too. Raises ``DataError``."""
+        value = self.value(key)
+        if value in ("", None, -1):
+            raise self.fault(key, "does not say the answer, as in a test split: take the validation split")
+        if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
+            raise self.fault(key, f"is {_show(value)}, no number from 0 to {count - 1}")
+        return value
+
+    def part(self, key: str) -> Row:
+        """The mapping below a key. Raises ``DataError``."""
+        value = self.value(key)
+        if not isinstance(value, Mapping):
+            raise self.fault(key, f"is {_show(value)}, no mapping")
+        return Row(value, self.origin, self.layout, f"{self.prefix}{key}.")
+
+
+def read_rows(paths: Sequence[Path], layout: str) -> Iterator[Row]:
+    """The rows of JSON lines and parquet files, in order.
+
+    Raises:
+        DataError: a file cannot be read as what its name says it is; one line.
+    """
+    for path in paths:
+        rows = _read_parquet(path) if path.suffix == ".parquet" else _read_json_lines(path)
+        for value, origin in rows:
+            if not isinstance(value, dict):
+                raise DataError(f"{origin}: {_show(value)} is no row; each must be a mapping with {layout}")
+            yield Row(value, origin, layout)
+
+
+def find_task_files(data: str | Path, names: Sequence[str], splits: Sequence[str], *, suffix: str = "") -> list[Path]:
+    """The files of a task.
+
+    Args:
+        data: a file, or a folder that has NAME.jsonl (or .json, .parquet, .jsonl.gz), or a folder NAME with files
+            SPLIT*.jsonl and the like somewhere below it, as data sets are published; all of those are taken.
+        names: what the task may be called; the first that is there.
+        splits: how the names of the files may begin.
+        suffix: behind NAME.
+
+    Raises:
+        DataError: there are none; one line.
+    """
+    root = Path(data)
+    if root.is_file():
+        return [root]
+    if not root.exists():
+        raise DataError(f"{data} does not exist; give the file of the task, or a folder that has it")
+    for name in names:
+        for file in (root / f"{name}{suffix}{kind}" for kind in SUFFIXES):
+            if file.is_file():
+                return [file]
+        # The whole of a set that is there by subject too is in a folder "all".
+        folder = root / name / "all" if (root / name / "all").is_dir() else root / name
+        for split in splits:
+            found = [file for file in sorted(folder.rglob("*")) if _is_of_split(file, split)]
+            if found:
+                return found
+    raise DataError(
+        f"{data} has no {names[0]}{suffix}.jsonl or .parquet, and no folder {names[0]} with {splits[0]}*.jsonl or "
+        ".parquet in it; put it there, or give the file itself"
+    )
+
+
+def digests(paths: Sequence[Path]) -> list[dict[str, str]]:
+    """Path and SHA-256 of every file, for the record."""
+    return [{"path": str(path), "sha256": record(path).sha256} for path in paths]
+
+
+def _is_of_split(file: Path, split: str) -> bool:
+    known = file.name.endswith(SUFFIXES) and file.is_file()
+    return known and re.match(rf"{split}([-_.]|$)", file.name) is not None
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[Any, str]]:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                origin = f"{path} line {number}"
+                try:
+                    text = line.decode()
+                    if text.strip():
+                        yield json.loads(text), origin
+                except UnicodeDecodeError as error:
+                    place = f"{origin} is not UTF-8 at its byte {error.start}"
+                    raise DataError(f"{place}; save the file as UTF-8") from None
+                except (ValueError, RecursionError):
+                    raise DataError(f"{origin} is not JSON; give one JSON object in every line") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise DataError(f"{path} is damaged; copy it again") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check the path") from None
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
+    parquet = optional_module("pyarrow.parquet", f"the file {path}")
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, f"{path} row {number}"
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow's errors have no common base
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{path} is no readable parquet file ({reason}); copy it again") from None
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 40 else text[:37] + "..."
