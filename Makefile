@@ -65,5 +65,5 @@ $(STAMP): constraints.txt setup.py
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; give it as: make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet -c constraints.txt torch setuptools
-	$(RUN) pip install --quiet -c constraints.txt --no-build-isolation -e '.[hf,log,dev]'
+	$(RUN) pip install --quiet -c constraints.txt --no-build-isolation -e '.[hf,eval,log,dev]'
 	touch $@
