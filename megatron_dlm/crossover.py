@@ -25,6 +25,7 @@ from megatron_dlm.config_loading import dump_yaml
 from megatron_dlm.crossover_grid import Crossover, check_recorded, first_difference, is_finished
 from megatron_dlm.data.errors import DataError
 from megatron_dlm.evaluation.crossover import Arm
+from megatron_dlm.files import write_text
 from megatron_dlm.launch import (
     DONE,
     FAILED,
@@ -110,16 +111,6 @@ def write_arms(crossover: Crossover, facts: dict[Arm, dict[str, Any]]) -> None:
             raise ConfigError(
                 f"cannot write {directory}: {error.strerror}; make room or choose another --output"
             ) from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all. Raises ``OSError``."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _preflight(arm: Arm, config: Config) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_dlm.files import written_beside
+
 BLUE, RED, GREEN, PINK, SKY, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 """Okabe and Ito's colours, which the colour-blind can tell apart."""
 GREY = "#444444"
@@ -38,9 +40,5 @@ def save(figure: Any, output: Path) -> None:
 
     Raises ``OSError`` where it cannot be written; then what was at ``output`` is still there.
     """
-    partial = output.with_name(f".{output.name}.partial")
-    try:
+    with written_beside(output) as partial:
         figure.savefig(partial, dpi=140, format=output.suffix.lower().removeprefix("."))
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)

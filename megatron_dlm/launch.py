@@ -30,6 +30,7 @@ from megatron_dlm.config import Config, ConfigError
 from megatron_dlm.config_loading import to_dict
 from megatron_dlm.data.errors import DataError
 from megatron_dlm.errors import TrainingError
+from megatron_dlm.files import write_text
 
 DONE, FAILED, INVALID, STOPPED = 0, 1, 2, 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -361,10 +362,8 @@ def _write_status(config: Config, outcome: Outcome) -> None:
     path = Path(config.run.directory, "status.json")
     if not path.parent.exists():  # stopped before there was anything to say
         return
-    partial = path.with_suffix(".json.partial")
     try:
-        partial.write_text(json.dumps(outcome._asdict()) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps(outcome._asdict()) + "\n")
     except OSError as error:
         print(f"megatron-dlm: cannot write {path}: {error.strerror}", file=sys.stderr)
 

@@ -85,10 +85,10 @@ def _report(crossover: Crossover) -> int:
 
     Raises ``ConfigError`` where there are none, ``TrainingError`` where it cannot be written.
     """
-    from megatron_dlm.crossover import write_text
     from megatron_dlm.crossover_grid import finished_runs, is_finished
     from megatron_dlm.evaluation.crossover_cells import analyse
     from megatron_dlm.evaluation.crossover_report import as_json, markdown
+    from megatron_dlm.files import write_text
 
     cells = analyse(finished_runs(crossover))
     if not cells:

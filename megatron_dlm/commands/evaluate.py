@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dlm import launch
-from megatron_dlm.config import ConfigError, ParallelConfig
+from megatron_dlm.commands._model import add_checkpoint, add_layout, layout_of, opened
+from megatron_dlm.config import ConfigError
 from megatron_dlm.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,12 +29,7 @@ _TOKENS_PER_BATCH_ON_CPU = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a run directory, one of its checkpoints, or a Hugging Face directory that `megatron-dlm export` wrote",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--tasks",
         required=True,
@@ -95,18 +90,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument("--log-questions", action="store_true", help="write every question's answer into it, too")
     output.add_argument("--overwrite", action="store_true", help="replace the output file")
-    layout = parser.add_argument_group("layout of a checkpoint's model, under torchrun with as many processes, or more")
-    layout.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="(%(default)s)")
-    layout.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="(%(default)s)")
+    add_layout(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a table of the results. Raises ConfigError or DataError, one line."""
     names = _names(args)
     _check_output(args)
-    layout = _layout(args)
+    layout = layout_of(args)
     likelihood = _likelihood(args)
-    from megatron_dlm.evaluation.generation import open_text_model
     from megatron_dlm.evaluation.tasks import TASKS, load_task
     from megatron_dlm.storage.locate import is_checkpoint, open_checkpoint
 
@@ -120,15 +112,8 @@ def run(args: argparse.Namespace) -> int:
         for name in names
         if name in TASKS
     }
-    try:
-        _run(open_text_model(path, layout), path, names, tasks, likelihood, args)
-    finally:
-        import torch.distributed
-
-        if torch.distributed.is_initialized():
-            from megatron_dlm.parallel.topology import shutdown
-
-            shutdown()
+    with opened(path, layout) as model:
+        _run(model, path, names, tasks, likelihood, args)
     return 0
 
 
@@ -335,26 +320,6 @@ def _check_output(args: argparse.Namespace) -> None:
         raise DataError(
             f"cannot write {args.output}: {args.output.parent} is no folder that can be written to; make it"
         )
-
-
-def _layout(args: argparse.Namespace) -> ParallelConfig:
-    layout = ParallelConfig(
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-    )
-    several = launch.started_by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1
-    if layout.model_parallel_size > 1 and not several:
-        raise ConfigError(
-            f"this layout needs {layout.model_parallel_size} processes: torchrun --nproc-per-node "
-            f"{layout.model_parallel_size} -m megatron_dlm evaluate ..."
-        )
-    from megatron_dlm.storage.locate import is_checkpoint
-
-    if several and not is_checkpoint(args.checkpoint):
-        raise ConfigError(
-            f"{args.checkpoint} is no checkpoint, and only those run on several processes; leave out torchrun"
-        )
-    return layout
 
 
 def _likelihood(args: argparse.Namespace) -> LikelihoodOptions:

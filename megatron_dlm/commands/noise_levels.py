@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dlm.config import ConfigError
 from megatron_dlm.data.errors import DataError
+from megatron_dlm.files import write_text
 
 if TYPE_CHECKING:
     from megatron_dlm.evaluation.noise_level_table import Estimate, NoiseLevelTable
@@ -156,13 +157,8 @@ def _write_json(tables: Sequence[NoiseLevelTable], file: Path) -> None:
     """Whole or not at all."""
     names = ("first", "second", "difference") if len(tables) == 2 else ("table",)
     content = {name: table.as_dict() for name, table in zip(names, _with_difference(tables), strict=True)}
-    partial = file.with_name(f".{file.name}.partial")
     try:
-        try:
-            partial.write_text(json.dumps(content if len(tables) == 2 else content["table"], indent=1) + "\n")
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(file, json.dumps(content if len(tables) == 2 else content["table"], indent=1) + "\n")
     except OSError as error:
         raise DataError(f"cannot write {file}: {error.strerror}; choose another file") from None
 

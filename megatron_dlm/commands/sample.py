@@ -12,8 +12,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dlm import launch
-from megatron_dlm.config import ConfigError, ParallelConfig
+from megatron_dlm.commands._model import add_checkpoint, add_layout, layout_of, opened
+from megatron_dlm.config import ConfigError
 from megatron_dlm.config_validation import MAX_SEQUENCE_LENGTH
 from megatron_dlm.data.errors import DataError
 
@@ -25,12 +25,7 @@ _BLOCK_LENGTH = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="a run directory, one of its checkpoints, or a Hugging Face directory that `megatron-dlm export` wrote",
-    )
+    add_checkpoint(parser)
     text = parser.add_argument_group("what to write (without one of the first three: a text from nothing)")
     one = text.add_mutually_exclusive_group()
     repeated: dict[str, Any] = {"action": "append", "metavar": "TEXT"}
@@ -67,37 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--trace", type=Path, metavar="FILE.html", help="write a page that plays the denoising")
     output.add_argument("--no-live", action="store_true", help="do not show the denoising on the terminal")
-    layout = parser.add_argument_group("layout of a checkpoint's model, under torchrun with as many processes")
-    layout.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="(%(default)s)")
-    layout.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="(%(default)s)")
+    add_layout(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the texts. Raises ConfigError or DataError, one line."""
     texts = _texts(args)
     options = _options(args)
-    layout = ParallelConfig(
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-    )
-    if min(args.tensor_model_parallel_size, args.pipeline_model_parallel_size) < 1:
-        raise ConfigError("--tensor- and --pipeline-model-parallel-size must be at least 1")
-    if layout.model_parallel_size > 1 and not launch.started_by_torchrun():
-        raise ConfigError(
-            f"this layout needs {layout.model_parallel_size} processes: torchrun --nproc-per-node "
-            f"{layout.model_parallel_size} -m megatron_dlm sample ..."
-        )
-    from megatron_dlm.evaluation.generation import open_text_model
-
-    try:
-        _run(open_text_model(args.checkpoint, layout), texts, options, args)
-    finally:
-        import torch.distributed
-
-        if torch.distributed.is_initialized():
-            from megatron_dlm.parallel.topology import shutdown
-
-            shutdown()
+    with opened(args.checkpoint, layout_of(args)) as model:
+        _run(model, texts, options, args)
     return 0
 
 

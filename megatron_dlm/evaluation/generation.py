@@ -16,6 +16,7 @@ from megatron_dlm.storage.locate import is_checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from megatron_dlm.parallel.topology import Topology
+    from megatron_dlm.training.setup import Training
 
 _HOLE = "_{4,}"
 _DIFFUSION_ONLY = ("steps", "block_length", "threshold", "guidance")
@@ -99,6 +100,22 @@ class TextModel(NamedTuple):
         for part in parts[1:]:
             ids += hole + self.tokenizer.encode(part)
         return ids
+
+
+def model_in_training(training: Training) -> TextModel:
+    """The model of a run as it is now, at the run's layout."""
+    from megatron_dlm.inference import Denoiser
+
+    config, topology = training.config, training.topology
+    return TextModel(
+        denoise=Denoiser(training.chunks, topology),
+        tokenizer=training.tokenizer,
+        autoregressive=config.model.objective == "autoregressive",
+        max_length=config.data.sequence_length,
+        device=topology.device,
+        name=config.run.directory,
+        topology=topology,
+    )
 
 
 def open_text_model(path: str, layout: ParallelConfig | None = None) -> TextModel:

@@ -13,6 +13,7 @@ from typing import IO
 from megatron_dlm.config import ConfigError
 from megatron_dlm.data.errors import DataError
 from megatron_dlm.evaluation.multiple_choice import Answer
+from megatron_dlm.files import written_beside
 from megatron_dlm.storage.manifest import flush
 
 
@@ -98,15 +99,11 @@ class PartialAnswers:
 
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file, flushed to the disk: complete or not at all. Raises ``DataError``, one line."""
-    partial = path.with_name(f".{path.name}.writing")
     try:
-        try:
+        with written_beside(path) as partial:
             partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
             flush(partial)
-            partial.replace(path)
-            flush(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+        flush(path.parent)
     except OSError as error:
         raise DataError(
             f"cannot write {path}: {error.strerror}; make that possible, and run the command again"

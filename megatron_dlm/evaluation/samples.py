@@ -7,8 +7,7 @@ from typing import NamedTuple
 from megatron_dlm.config import Config, ConfigError
 from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.diffusion.sampler import SamplerOptions
-from megatron_dlm.evaluation.generation import TextModel
-from megatron_dlm.inference import Denoiser
+from megatron_dlm.evaluation.generation import model_in_training
 from megatron_dlm.training.setup import Training
 
 _BLOCK_LENGTH = 32
@@ -42,16 +41,8 @@ def write_samples(training: Training) -> list[Sample]:
     prompts, new = config.evaluate.samples, config.evaluate.sample_tokens
     if not prompts:
         return []
-    autoregressive = config.model.objective == "autoregressive"
-    model = TextModel(
-        denoise=Denoiser(training.chunks, training.topology),
-        tokenizer=tokenizer,
-        autoregressive=autoregressive,
-        max_length=config.data.sequence_length,
-        device=training.topology.device,
-        name=config.run.directory,
-    )
-    options = SamplerOptions() if autoregressive else SamplerOptions(block_length=min(_BLOCK_LENGTH, new))
+    model = model_in_training(training)
+    options = SamplerOptions() if model.autoregressive else SamplerOptions(block_length=min(_BLOCK_LENGTH, new))
     samples = model.generate([tokenizer.encode(prompt) for prompt in prompts], options, max_new_tokens=new)
     texts = [tokenizer.decode(row) for row in samples.continuations]
     return [Sample(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_dlm.data.errors import DataError
 from megatron_dlm.evaluation.trace import CONTROL_SYMBOL, Trace, TraceRow
+from megatron_dlm.files import write_text
 
 _SLOT = re.compile(r"@(TITLE|STYLE_HASH|SCRIPT_HASH|TRACE)@")
 
@@ -46,13 +47,8 @@ def write(trace: Trace, path: str | Path) -> None:
     """
     path = Path(path)
     page = render(trace)
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        try:
-            partial.write_text(page, encoding="ascii")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(path, page)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}; choose another file") from error
 

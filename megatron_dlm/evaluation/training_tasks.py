@@ -8,11 +8,10 @@ from megatron_dlm.config import Config, ConfigError
 from megatron_dlm.data.errors import DataError
 from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.diffusion.likelihood_masks import TOKENS_PER_BATCH, LikelihoodOptions
-from megatron_dlm.evaluation.generation import TextModel
+from megatron_dlm.evaluation.generation import model_in_training
 from megatron_dlm.evaluation.multiple_choice import EncodedTask, Metric, answer, encode_task, metrics
 from megatron_dlm.evaluation.run_tasks import flat
 from megatron_dlm.evaluation.tasks import load_task
-from megatron_dlm.inference import Denoiser
 from megatron_dlm.training.setup import Training
 
 
@@ -54,16 +53,7 @@ class TrainingTasks:
         return found
 
     def _metrics(self, encoded: EncodedTask, options: LikelihoodOptions) -> dict[str, Metric]:
-        training, task = self._training, encoded.task
-        model = TextModel(
-            denoise=Denoiser(training.chunks, training.topology),
-            tokenizer=training.tokenizer,
-            autoregressive=training.config.model.objective == "autoregressive",
-            max_length=training.config.data.sequence_length,
-            device=training.topology.device,
-            name=training.config.run.directory,
-            topology=training.topology,
-        )
+        model, task = model_in_training(self._training), encoded.task
         try:
             return metrics(task.questions, answer(model, encoded, options), task.kind)
         except ValueError:  # NaN, which skipped steps may still mend

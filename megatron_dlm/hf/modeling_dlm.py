@@ -25,8 +25,8 @@ _IGNORED = -100
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "do_sample": (),
     "use_cache": (),
-    "top_k": (),
-    "max_length": (),
+    "top_k": (0, None),
+    "max_length": (None,),
     "num_beams": (1, None),
     "num_return_sequences": (1, None),
     "streamer": (None,),
@@ -197,8 +197,8 @@ class DLMForMaskedDiffusion(Qwen3PreTrainedModel, GenerationMixin):
                 ends[name] = value
             elif name not in _NEUTRAL or (_NEUTRAL[name] and value not in _NEUTRAL[name]):
                 raise ValueError(f"generate has no argument {name!r}; give {', '.join([*known, *ends])}")
-        if given.get("do_sample") is False:
-            known["temperature"] = 0.0
+        if given.get("do_sample") is not None:  # what transformers' word for a temperature means
+            known["temperature"] = (known["temperature"] or 1.0) if given["do_sample"] else 0.0
         return known, ends
 
 

@@ -13,6 +13,7 @@ import torch
 from dlm_kernels.implementation import resolve
 from megatron_dlm.config_loading import dump_yaml
 from megatron_dlm.errors import TrainingError
+from megatron_dlm.files import write_text
 from megatron_dlm.model.layer_spec import uses_transformer_engine
 from megatron_dlm.training.checkpoint import Progress
 from megatron_dlm.training.metrics import (
@@ -39,10 +40,7 @@ class RunLog:
         self._evaluation: dict[str, Any] | None = None
         self._reporter = Reporter(config, active=active, steps=training.steps, first_step=first_step)
         if active:
-            path = Path(config.run.directory, "config.yaml")
-            partial = path.with_name("config.yaml.partial")
-            partial.write_text(dump_yaml(config), encoding="utf-8")
-            partial.replace(path)
+            write_text(Path(config.run.directory, "config.yaml"), dump_yaml(config))
         for line in banner(training, resumed):
             self._reporter.say(line)
         self._throughput = Throughput(

@@ -266,6 +266,7 @@ def test_a_stopped_evaluation_says_how_to_go_on(
         ("hellaswag,noise_levels", [], "has no noise_levels.txt beside the questions"),
         ("hellaswag", ["--output", "/nowhere/x.json"], "/nowhere is no folder that can be written to"),
         ("hellaswag", ["--tensor-model-parallel-size", "2"], "torchrun --nproc-per-node 2"),
+        ("hellaswag", ["--tensor-model-parallel-size", "0"], "must be at least 1"),
     ],
 )
 def test_refusals_are_one_line(

@@ -201,8 +201,11 @@ def test_generation_settings(tmp_path: Path) -> None:
     )
     other = GenerationConfig(max_new_tokens=5, steps=2, remasking="entropy")
     assert torch.equal(loaded.generate(x, generation_config=other), expected), "the model's end of document stays"
-    assert torch.equal(loaded.generate(x, do_sample=False, temperature=0.7, top_k=5, use_cache=True), expected)
+    assert torch.equal(loaded.generate(x, do_sample=False, temperature=0.7, top_k=0, use_cache=True), expected)
+    drawn = loaded.generate(x, do_sample=True)
+    assert torch.equal(drawn, loaded.generate(x, temperature=1.0)) and not torch.equal(drawn, expected)
     refused = {
+        "no argument 'top_k'": {"top_k": 5},
         "no argument 'num_beams'": {"num_beams": 2},
         "steps is 0": {"steps": 0},
         "max_new_tokens is -1": {"max_new_tokens": -1},
