@@ -11,7 +11,7 @@ setup(
     packages=find_packages(include=["megatron_dlm", "megatron_dlm.*"]) + ["dlm_kernels"],
     # The folder kernels/ must not be a package itself: a published package has that name.
     package_dir={"dlm_kernels": "kernels/dlm_kernels"},
-    package_data={"megatron_dlm.evaluation": ["trace_page.html"]},
+    package_data={"megatron_dlm.generation": ["trace_page.html"]},
     install_requires=[
         "torch>=2.9",
         "megatron-core>=0.16.1,<0.20",

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 
 from dlm_kernels.noise_levels import draw, draw_pairs
-from megatron_dlm.config import Config, ConfigError, DiffusionConfig, ParallelConfig
-from megatron_dlm.config_loading import from_dict, read_yaml
-from megatron_dlm.data.errors import DataError
+from megatron_dlm.config.load import from_dict, read_yaml
+from megatron_dlm.config.tree import Config, DiffusionConfig, ParallelConfig
 from megatron_dlm.diffusion.objective import build_objective
 from megatron_dlm.diffusion.schedule import levels_and_weights, pair_levels_and_weights
+from megatron_dlm.errors import ConfigError, DataError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
@@ -101,7 +101,7 @@ def synthetic(draws: int) -> dict[str, dict[str, Spread]]:
 def load(directory: Path) -> Any:
     """The `Training` of a checkpoint, or of the newest one of a run's directory, on one process."""
     from megatron_dlm.parallel.topology import initialize
-    from megatron_dlm.training import checkpoint
+    from megatron_dlm.training import saving as checkpoint
     from megatron_dlm.training.setup import build
 
     pointer = directory / "checkpoints" / "latest"

@@ -13,9 +13,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from megatron_dlm import __version__
-from megatron_dlm.config import ConfigError
-from megatron_dlm.data.errors import DataError
-from megatron_dlm.errors import TrainingError
+from megatron_dlm.errors import ConfigError, DataError, TrainingError
 
 _HEAD_START = 2.0  # seconds that rank 0 gets to print an error
 
@@ -71,10 +69,13 @@ def _run(arguments: list[str]) -> int:
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         if arguments[:1] == [name]:
-            _module(name).add_arguments(subparser)
+            module_of(name).add_arguments(subparser)
     args = parser.parse_args(arguments)
-    return _module(args.command).run(args)
+    return module_of(args.command).run(args)
 
 
-def _module(command: str) -> ModuleType:
+def module_of(command: str) -> ModuleType:
+    """What has the command's ``add_arguments`` and ``run``."""
+    if command == "crossover":  # on top of the command line, not beside it
+        return import_module("megatron_dlm.crossover.command")
     return import_module(f"megatron_dlm.commands.{command.replace('-', '_')}{'_' if iskeyword(command) else ''}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,3 +26,12 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all. Raises ``OSError``."""
     with written_beside(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold a file's content, or a directory's entries."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -26,10 +26,9 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from megatron_dlm.config import Config, ConfigError
-from megatron_dlm.config_loading import to_dict
-from megatron_dlm.data.errors import DataError
-from megatron_dlm.errors import TrainingError
+from megatron_dlm.config.load import to_dict
+from megatron_dlm.config.tree import Config
+from megatron_dlm.errors import ConfigError, DataError, TrainingError
 from megatron_dlm.files import write_text
 
 DONE, FAILED, INVALID, STOPPED = 0, 1, 2, 75

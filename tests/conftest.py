@@ -20,7 +20,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``train`` and ``valid`` token files: some chapters of the language reference, in bytes."""
     from pydoc_data.topics import topics
 
-    from megatron_dlm.data.prepare import PrepareOptions, prepare
+    from megatron_dlm.preparation.prepare import PrepareOptions, prepare
 
     folder = tmp_path_factory.mktemp("tiny-data")
     inputs = folder / "chapters"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.config import Config
-from megatron_dlm.config_loading import from_dict
+from megatron_dlm.config.load import from_dict
+from megatron_dlm.config.tree import Config
 from tools.measure_export import write_checkpoint
 
 MODEL: dict[str, Any] = {

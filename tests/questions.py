@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.data.tokenizer import ByteTokenizer
-from megatron_dlm.evaluation.generation import TextModel
+from megatron_dlm.generation.text_model import TextModel
 
 WORDS = ["a", "list", "of", "names", "is", "the", "class", "import", "value", "None", "for", "it"]
 

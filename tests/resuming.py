@@ -7,11 +7,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_dlm.config import Config
+from megatron_dlm.config.tree import Config
 from megatron_dlm.parallel import topology as parallel
-from megatron_dlm.training import checkpoint
-from megatron_dlm.training.checkpoint import Progress
-from megatron_dlm.training.setup import Training, build
+from megatron_dlm.training import saving as checkpoint
+from megatron_dlm.training.setup import build
+from megatron_dlm.training.state import Progress, Training
 from megatron_dlm.training.step import train_step
 
 Figures = list[tuple[float, float]]

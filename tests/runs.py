@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_dlm.config import Config
-from megatron_dlm.config_loading import from_dict
+from megatron_dlm.config.load import from_dict
+from megatron_dlm.config.tree import Config
 from megatron_dlm.parallel import topology as parallel
 
 TINY: dict[str, Any] = {
@@ -62,8 +62,8 @@ def run_cases(configs: list[Config], steps: int) -> list[Trace]:
 
 def trace(config: Config, steps: int) -> Trace:
     """Train for ``steps`` steps; collective."""
-    from megatron_dlm.evaluation.held_out import held_out_nelbo
-    from megatron_dlm.inference import Denoiser
+    from megatron_dlm.generation.denoiser import Denoiser
+    from megatron_dlm.training.held_out import held_out_nelbo
     from megatron_dlm.training.setup import build
     from megatron_dlm.training.step import train_step
 

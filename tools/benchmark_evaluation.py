@@ -20,11 +20,11 @@ import time
 
 import torch
 
-from megatron_dlm.diffusion.likelihood_masks import LikelihoodOptions
-from megatron_dlm.evaluation.generation import TextModel, open_text_model
+from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
 from megatron_dlm.evaluation.multiple_choice import EncodedTask, answer, encode_task
 from megatron_dlm.evaluation.scoring import score
 from megatron_dlm.evaluation.tasks import Question, Task
+from megatron_dlm.generation.text_model import TextModel, open_text_model
 from megatron_dlm.parallel.topology import shutdown
 
 _TOLERANCE = 1e-3  # nats; batches round differently

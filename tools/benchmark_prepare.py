@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.data.prepare import PrepareOptions, prepare
+from megatron_dlm.preparation.prepare import PrepareOptions, prepare
 
 
 def measure(tokenizer: str, workers: int, repeat: int, folder: Path) -> dict[str, Any]:

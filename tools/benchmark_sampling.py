@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_dlm.diffusion.sampler import SamplerOptions
-from megatron_dlm.evaluation.generation import TextModel, open_text_model
+from megatron_dlm.generation.text_model import TextModel, open_text_model
 from megatron_dlm.hf.export import export
 from megatron_dlm.parallel.topology import shutdown
+from megatron_dlm.shipped.sampler import SamplerOptions
 
 
 def main() -> None:

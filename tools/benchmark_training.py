@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 
 import megatron_dlm.parallel  # noqa: F401  (prepares the machine before anything imports megatron)
-from megatron_dlm.config import Config, ConfigError
-from megatron_dlm.config_loading import load_config
-from megatron_dlm.data.errors import DataError
+from megatron_dlm.config.load import load_config
+from megatron_dlm.config.tree import Config
+from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.parallel import topology as parallel
-from megatron_dlm.training.setup import Training, build
+from megatron_dlm.training.setup import build
+from megatron_dlm.training.state import Training
 from megatron_dlm.training.step import train_step
 
 

@@ -21,14 +21,14 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_dlm.checkpoint import manifest
+from megatron_dlm.checkpoint.stored import CONFIG, INFO, TOKENIZER
+from megatron_dlm.checkpoint.whole_tensors import TensorInfo, write_weights
 from megatron_dlm.commands.export import size_in_bytes
-from megatron_dlm.config import Config
-from megatron_dlm.config_loading import dump_yaml, from_dict
+from megatron_dlm.config.load import dump_yaml, from_dict
+from megatron_dlm.config.tree import Config
 from megatron_dlm.data.tokenizer import load_tokenizer
-from megatron_dlm.hf.weights import weight_map
-from megatron_dlm.storage import manifest
-from megatron_dlm.storage.locate import CONFIG, INFO, TOKENIZER
-from megatron_dlm.storage.weights import TensorInfo, write_weights
+from megatron_dlm.hf.tensor_map import weight_map
 
 BILLION = {
     "num_layers": 26,
@@ -122,7 +122,7 @@ def export_and_measure(checkpoint: Path, output: Path, *arguments: str) -> Measu
     command = ["export", "--checkpoint", str(checkpoint), "--output", str(output), *arguments]
     run = subprocess.run([sys.executable, "-c", _CHILD, *command], check=True, stdout=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - start
-    from megatron_dlm.storage.weights import WeightsReader
+    from megatron_dlm.checkpoint.whole_tensors import WeightsReader
 
     stored = WeightsReader(checkpoint).tensors.values()
     return Measurement(

@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
-from megatron_dlm.figure_style import COLORS, STYLE  # noqa: E402
+from megatron_dlm.figures.style import COLORS, STYLE  # noqa: E402
 
 AXES = {
     "tokens": ("consumed_tokens", "training tokens"),

@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megatron_dlm.config import ConfigError, ModelConfig
+from megatron_dlm.config.tree import ModelConfig
+from megatron_dlm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megatron_dlm.evaluation.inference_cost import Curve, InferenceCosts
-    from megatron_dlm.evaluation.training_cost import Point, TrainingCosts
+    from megatron_dlm.costs.inference import Curve, InferenceCosts
+    from megatron_dlm.costs.training import Point, TrainingCosts
 
 _UNITS = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 _OBJECTIVES = {"autoregressive": "autoregressive", "diffusion": "masked_diffusion"}
@@ -64,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inference(args: argparse.Namespace) -> int:
-    from megatron_dlm.evaluation.inference_cost import inference_costs, published_convention
-    from megatron_dlm.evaluation.inference_figure import check_output, draw
+    from megatron_dlm.costs.inference import inference_costs, published_convention
+    from megatron_dlm.figures.inference_costs import check_output, draw
 
     for name, least in (("vocab_size", 1), ("prompt_tokens", 0)):
         value = getattr(args, name)
@@ -155,12 +156,12 @@ def _read_model(path: str, vocab_size: int | None) -> _Model:
         rows = vocab_size or source.rows
         return _Model(source.model, rows, rows)
     if folder.is_dir():
-        from megatron_dlm.storage.locate import open_checkpoint
+        from megatron_dlm.checkpoint.stored import open_checkpoint
 
         stored = open_checkpoint(folder)
         model, vocab_size = stored.config.model, vocab_size or int(stored.info["vocab_size"])
     else:
-        from megatron_dlm.config_loading import load_config
+        from megatron_dlm.config.load import load_config
 
         config = load_config(["--config", path])
         model, vocab_size = config.model, vocab_size or _tokenizer_size(path, config.data.tokenizer)
@@ -168,8 +169,8 @@ def _read_model(path: str, vocab_size: int | None) -> _Model:
 
 
 def _tokenizer_size(path: str, tokenizer: str) -> int:
-    from megatron_dlm.data.errors import DataError
     from megatron_dlm.data.tokenizer import load_tokenizer
+    from megatron_dlm.errors import DataError
 
     try:
         return load_tokenizer(tokenizer).vocab_size
@@ -178,7 +179,7 @@ def _tokenizer_size(path: str, tokenizer: str) -> int:
 
 
 def _training(args: argparse.Namespace) -> int:
-    from megatron_dlm.evaluation.training_cost import compare_training, read_points
+    from megatron_dlm.costs.training import compare_training, read_points
 
     for name, objective in _OBJECTIVES.items():
         _check_objective(getattr(args, name), name, objective)
@@ -216,7 +217,7 @@ def training_table(costs: TrainingCosts) -> str:
 
 def _check_objective(run: str, name: str, objective: str) -> None:
     """Refuse runs in each other's place, where the configuration is still beside the metrics."""
-    from megatron_dlm.config_loading import read_yaml
+    from megatron_dlm.config.load import read_yaml
 
     path = Path(run)
     file = (path if path.is_dir() else path.parent) / "config.yaml"

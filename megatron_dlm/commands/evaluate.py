@@ -12,15 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dlm.commands._model import add_checkpoint, add_layout, layout_of, opened
-from megatron_dlm.config import ConfigError
-from megatron_dlm.data.errors import DataError
+from megatron_dlm.commands.common import add_checkpoint, add_layout, layout_of, opened
+from megatron_dlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from megatron_dlm.diffusion.likelihood_masks import LikelihoodOptions
-    from megatron_dlm.evaluation.generation import TextModel
+    from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
     from megatron_dlm.evaluation.run_tasks import Answers
     from megatron_dlm.evaluation.tasks import Task
+    from megatron_dlm.generation.text_model import TextModel
 
 _LM_EVAL = "lm_eval:"
 _TEXT_TASKS = ("nelbo", "noise_levels")
@@ -99,8 +98,8 @@ def run(args: argparse.Namespace) -> int:
     _check_output(args)
     layout = layout_of(args)
     likelihood = _likelihood(args)
+    from megatron_dlm.checkpoint.stored import is_checkpoint, open_checkpoint
     from megatron_dlm.evaluation.tasks import TASKS, load_task
-    from megatron_dlm.storage.locate import is_checkpoint, open_checkpoint
 
     path = args.checkpoint
     if is_checkpoint(path):
@@ -325,7 +324,7 @@ def _check_output(args: argparse.Namespace) -> None:
 def _likelihood(args: argparse.Namespace) -> LikelihoodOptions:
     import torch
 
-    from megatron_dlm.diffusion.likelihood_masks import TOKENS_PER_BATCH, LikelihoodOptions
+    from megatron_dlm.evaluation.likelihood_masks import TOKENS_PER_BATCH, LikelihoodOptions
 
     tokens = args.tokens_per_batch
     if tokens is None:

@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dlm.config import ConfigError
-from megatron_dlm.data.errors import DataError
+from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.files import write_text
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--checkpoint is given {len(args.checkpoint)} times; give one model, or two to compare")
     levels = _levels(args.levels)
     _check_outputs(args)
-    from megatron_dlm.evaluation.noise_level_figure import draw
+    from megatron_dlm.figures.noise_levels import draw
 
     try:
         tables = _measure(args, levels)
@@ -103,7 +102,7 @@ def _levels(text: str) -> int | list[float]:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Find what would keep the files from being written, before anything is computed."""
-    from megatron_dlm.evaluation.inference_figure import check_output
+    from megatron_dlm.figures.inference_costs import check_output
 
     if args.output:
         check_output(args.output)
@@ -119,9 +118,9 @@ def _measure(args: argparse.Namespace, levels: int | list[float]) -> list[NoiseL
     """The tables of all models, which are opened first, so that what is wrong with the second shows before."""
     from tqdm import tqdm
 
-    from megatron_dlm.evaluation.generation import open_text_model
     from megatron_dlm.evaluation.noise_level_table import check_model, noise_level_table
     from megatron_dlm.evaluation.text_nelbo import read_windows
+    from megatron_dlm.generation.text_model import open_text_model
 
     models = []
     for path in args.checkpoint:

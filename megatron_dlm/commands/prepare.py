@@ -8,10 +8,10 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dlm.data.corpus import EMBEDDED_PARTS
+from megatron_dlm.preparation.documents import EMBEDDED_PARTS
 
 if TYPE_CHECKING:
-    from megatron_dlm.data.prepare import Prepared
+    from megatron_dlm.preparation.prepare import Prepared
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the data and print a summary. Raises DataError, one line; then nothing is left behind."""
-    from megatron_dlm.data.prepare import PrepareOptions, prepare
+    from megatron_dlm.preparation.prepare import PrepareOptions, prepare
 
     options = PrepareOptions(
         output=args.output,

@@ -12,14 +12,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dlm.commands._model import add_checkpoint, add_layout, layout_of, opened
-from megatron_dlm.config import ConfigError
-from megatron_dlm.config_validation import MAX_SEQUENCE_LENGTH
-from megatron_dlm.data.errors import DataError
+from megatron_dlm.commands.common import add_checkpoint, add_layout, layout_of, opened
+from megatron_dlm.config.check import MAX_SEQUENCE_LENGTH
+from megatron_dlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from megatron_dlm.diffusion.sampler import SamplerOptions, Step
-    from megatron_dlm.evaluation.generation import TextModel
+    from megatron_dlm.generation.text_model import TextModel
+    from megatron_dlm.shipped.sampler import SamplerOptions, Step
 
 _BLOCK_LENGTH = 32
 
@@ -124,7 +123,7 @@ def _unescape(text: str) -> str:
 
 
 def _options(args: argparse.Namespace) -> SamplerOptions:
-    from megatron_dlm.diffusion.sampler import SamplerOptions
+    from megatron_dlm.shipped.sampler import SamplerOptions
 
     try:
         return SamplerOptions(**{field.name: getattr(args, field.name) for field in fields(SamplerOptions)})
@@ -154,9 +153,9 @@ def _sample(
     model: TextModel, prompts: list[list[int]], options: SamplerOptions, args: argparse.Namespace, first: bool
 ) -> None:
     """Sample all prompts as one batch; show, print and trace what comes out on the first rank."""
-    from megatron_dlm.evaluation.live_view import LiveView
-    from megatron_dlm.evaluation.trace import Recorder, visible
-    from megatron_dlm.evaluation.trace_page import write
+    from megatron_dlm.generation.live_view import LiveView
+    from megatron_dlm.generation.trace import Recorder, visible
+    from megatron_dlm.generation.trace_page import write
 
     tokenizer, infill = model.tokenizer, args.infill is not None
     views: list[Callable[[Step], None]] = []

@@ -6,27 +6,30 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_dlm import launch
-from megatron_dlm.config import Config
-from megatron_dlm.config_loading import parse_config
-from megatron_dlm.config_validation import validate
+from megatron_dlm.config.check import validate
+from megatron_dlm.config.load import parse_config
+from megatron_dlm.config.tree import Config
 
 
 def run(argv: Sequence[str]) -> int:
     """Train as ``argv`` says and return the exit code (see ``launch``). Raises ``ConfigError``."""
     config = parse_config(argv)
     if launch.started_by_torchrun():
-        return launch.join(_work, config, _check)
-    return launch.launch(_work, config, check=_check)
+        return launch.join(_work, config, check)
+    return launch.launch(_work, config, check=check)
 
 
-def _check(config: Config, world_size: int) -> None:
+def check(config: Config, world_size: int) -> None:
+    """Find everything that would keep the run from being trained. Raises ``ConfigError`` or ``DataError``."""
     validate(config, world_size=world_size)  # before the slow imports
+    from megatron_dlm.evaluation.during_training import check_questions
     from megatron_dlm.training.trainer import preflight
 
-    preflight(config, world_size=world_size)
+    check_questions(config, preflight(config, world_size=world_size))
 
 
 def _work(config: dict[str, Any]) -> None:
+    from megatron_dlm.evaluation.during_training import DuringTraining
     from megatron_dlm.training.trainer import run_worker
 
-    run_worker(config)
+    run_worker(config, DuringTraining)

@@ -1,7 +1,1 @@
-"""Text to tokens to training sequences: tokenizers, preparation of token files, the resumable data order."""
-
-from __future__ import annotations
-
-from megatron_dlm.data.errors import DataError
-
-__all__ = ["DataError"]
+"""Token files to training sequences: tokenizers, and the resumable data order."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dlm_kernels.philox import Purpose, Stream, permute
-from megatron_dlm.data.errors import DataError
+from megatron_dlm.errors import DataError
 
 _SMALLEST_BLOCK = 64
 _LARGEST_EXHAUSTIVE_BLOCK = 1024

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dlm_kernels.philox import Purpose, Stream, permute, random_words
-from megatron_dlm.config import SourceConfig
+from megatron_dlm.config.tree import SourceConfig
 from megatron_dlm.data.blend import Blend
-from megatron_dlm.data.errors import DataError
 from megatron_dlm.data.token_file import TokenFile
+from megatron_dlm.errors import DataError
 
 
 class Location(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dlm.data.errors import DataError
+from megatron_dlm.errors import DataError
 
 # Start of an .idx file: 9 bytes of magic, version, code of the token type, numbers of sequences and of document ends.
 _HEADER = struct.Struct("<9sQBQQ")

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.data.errors import DataError, optional_module
+from megatron_dlm.errors import DataError
+from megatron_dlm.packages import optional_module
 
 MASK_PIECE = "<|mask|>"
 END_OF_DOCUMENT_PIECE = "<|end_of_document|>"

@@ -18,8 +18,8 @@ from dlm_kernels import noise_levels
 from dlm_kernels.implementation import Implementation, mask_tokens
 from dlm_kernels.philox import Purpose, Stream, random_bits, random_words, token_counter
 from dlm_kernels.types import NoiseDraw
-from megatron_dlm.config import AutoregressiveConfig, Config, DiffusionConfig
-from megatron_dlm.config_validation import check_diffusion
+from megatron_dlm.config.check import check_diffusion
+from megatron_dlm.config.tree import AutoregressiveConfig, Config, DiffusionConfig
 from megatron_dlm.diffusion.schedule import levels_and_weights, pair_levels_and_weights
 from megatron_dlm.diffusion.weighting import cart_weights
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dlm_kernels.noise_levels import linear_count, linear_pair_count, linear_threshold
-from megatron_dlm.config import DiffusionConfig
+from megatron_dlm.config.tree import DiffusionConfig
 
 
 def mask_probability(config: DiffusionConfig, t: Any) -> Any:

@@ -23,13 +23,12 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from megatron_dlm.config import ConfigError
-from megatron_dlm.data.errors import DataError
-from megatron_dlm.diffusion.likelihood import LogLikelihood, Request, rolling
-from megatron_dlm.diffusion.likelihood_masks import TOKENS_PER_BATCH, Estimator, LikelihoodOptions
-from megatron_dlm.diffusion.sampler import SamplerOptions
-from megatron_dlm.evaluation.generation import TextModel, open_text_model
+from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.evaluation.likelihood import LogLikelihood, Request, rolling
+from megatron_dlm.evaluation.likelihood_masks import TOKENS_PER_BATCH, Estimator, LikelihoodOptions
 from megatron_dlm.evaluation.scoring import encode_pair, score
+from megatron_dlm.generation.text_model import TextModel, open_text_model
+from megatron_dlm.shipped.sampler import SamplerOptions
 
 _BLOCK_LENGTH = 32
 _NEW_TOKENS = 256

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_dlm.data.errors import DataError
 from megatron_dlm.data.tokenizer import Tokenizer
-from megatron_dlm.diffusion.likelihood import LogLikelihood, Request
-from megatron_dlm.diffusion.likelihood_masks import LikelihoodOptions
-from megatron_dlm.evaluation.generation import TextModel
+from megatron_dlm.errors import DataError
+from megatron_dlm.evaluation.likelihood import LogLikelihood, Request
+from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
 from megatron_dlm.evaluation.scoring import encode_pair, score
 from megatron_dlm.evaluation.tasks import Question, Task
+from megatron_dlm.generation.text_model import TextModel
 
 SAMPLES = 128
 """Masks of an option by default, where one has several tokens."""

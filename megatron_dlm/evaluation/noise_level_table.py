@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from dlm_kernels.philox import MASK32, TOKEN_POSITION_BITS, Stream, random_bits, token_counter
-from megatron_dlm.config import ConfigError
-from megatron_dlm.diffusion.likelihood_masks import TOKENS_PER_BATCH
-from megatron_dlm.evaluation.generation import TextModel
+from megatron_dlm.errors import ConfigError
+from megatron_dlm.evaluation.likelihood_masks import TOKENS_PER_BATCH
 from megatron_dlm.evaluation.text_nelbo import check_ids, read_windows
+from megatron_dlm.generation.text_model import TextModel
 
 Progress = Callable[[int, int], None]
 

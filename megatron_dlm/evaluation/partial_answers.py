@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from megatron_dlm.config import ConfigError
-from megatron_dlm.data.errors import DataError
+from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.evaluation.multiple_choice import Answer
-from megatron_dlm.files import written_beside
-from megatron_dlm.storage.manifest import flush
+from megatron_dlm.files import flush, written_beside
 
 
 class PartialAnswers:

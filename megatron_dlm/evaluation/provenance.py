@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from megatron_dlm.diffusion.likelihood_masks import LikelihoodOptions
-from megatron_dlm.evaluation.generation import TextModel
+from megatron_dlm.checkpoint import manifest
+from megatron_dlm.checkpoint.stored import is_checkpoint, open_checkpoint
+from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
 from megatron_dlm.evaluation.tasks import PROMPTS, Task
-from megatron_dlm.storage import manifest
-from megatron_dlm.storage.locate import is_checkpoint, open_checkpoint
+from megatron_dlm.generation.text_model import TextModel
 
 _PACKAGES = (
     "megatron-dlm",

@@ -12,10 +12,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_dlm.config import ConfigError
-from megatron_dlm.data.errors import DataError
-from megatron_dlm.diffusion.likelihood_masks import LikelihoodOptions
-from megatron_dlm.evaluation.generation import TextModel
+from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
 from megatron_dlm.evaluation.multiple_choice import (
     Answer,
     EncodedTask,
@@ -28,6 +26,7 @@ from megatron_dlm.evaluation.multiple_choice import (
 from megatron_dlm.evaluation.partial_answers import PartialAnswers
 from megatron_dlm.evaluation.provenance import fingerprint, options_of
 from megatron_dlm.evaluation.tasks import Task
+from megatron_dlm.generation.text_model import TextModel
 
 T = TypeVar("T")
 

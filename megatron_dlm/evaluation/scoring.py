@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from megatron_dlm.data.tokenizer import Tokenizer
-from megatron_dlm.diffusion.likelihood import LogLikelihood, Request, exact_loglikelihoods, loglikelihoods
-from megatron_dlm.diffusion.likelihood_masks import LikelihoodOptions
-from megatron_dlm.evaluation.generation import TextModel
+from megatron_dlm.evaluation.likelihood import LogLikelihood, Request, exact_loglikelihoods, loglikelihoods
+from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
+from megatron_dlm.generation.text_model import TextModel
 
 # A round is so many full forwards of every replica: seconds, after which results are handed over. Its last forward is
 # not full, which costs half of one on average.

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_dlm.data.errors import DataError, optional_module
-from megatron_dlm.storage.manifest import record
+from megatron_dlm.checkpoint.manifest import record
+from megatron_dlm.errors import DataError
+from megatron_dlm.packages import optional_module
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 

@@ -11,8 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from megatron_dlm.config import ConfigError
-from megatron_dlm.data.errors import DataError
+from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.evaluation.task_files import Row, digests, find_task_files, read_rows
 
 PROMPTS = 1

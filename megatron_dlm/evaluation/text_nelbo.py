@@ -15,21 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_dlm.config import ConfigError
-from megatron_dlm.data.corpus import Document, find_inputs, read_documents
-from megatron_dlm.data.errors import DataError
-from megatron_dlm.data.selection import utf8
 from megatron_dlm.data.token_file import TokenFile
 from megatron_dlm.data.tokenizer import Tokenizer
-from megatron_dlm.diffusion.likelihood import (
-    LogLikelihood,
-    Request,
-    exact_loglikelihoods,
-    loglikelihoods,
-    rolling,
-)
-from megatron_dlm.diffusion.likelihood_masks import TOKENS_PER_BATCH, LikelihoodOptions
-from megatron_dlm.evaluation.generation import TextModel
+from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.evaluation.likelihood import LogLikelihood, Request, exact_loglikelihoods, loglikelihoods, rolling
+from megatron_dlm.evaluation.likelihood_masks import TOKENS_PER_BATCH, LikelihoodOptions
+from megatron_dlm.generation.text_model import TextModel
+from megatron_dlm.preparation.documents import Document, find_inputs, read_documents
+from megatron_dlm.preparation.selection import utf8
 
 Progress = Callable[[int, int], None]
 

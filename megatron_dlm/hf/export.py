@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,15 +17,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dlm.config import Config, ConfigError, ModelConfig
-from megatron_dlm.data.errors import optional_module
+from megatron_dlm.checkpoint import manifest
+from megatron_dlm.checkpoint.stored import CONFIG, StoredCheckpoint, open_checkpoint
+from megatron_dlm.checkpoint.whole_tensors import WeightsReader
+from megatron_dlm.config.tree import Config, ModelConfig
 from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_dlm.errors import ConfigError
 from megatron_dlm.hf.model_card import model_card
-from megatron_dlm.hf.weights import Whole, weight_map
-from megatron_dlm.storage import manifest
-from megatron_dlm.storage.locate import CONFIG, StoredCheckpoint, open_checkpoint
-from megatron_dlm.storage.output_folder import check_output, complete_folder
-from megatron_dlm.storage.weights import WeightsReader
+from megatron_dlm.hf.tensor_map import Whole, weight_map
+from megatron_dlm.output_folder import check_output, complete_folder
+from megatron_dlm.packages import optional_module
 
 DTypeName = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,9 +34,7 @@ DEFAULT_SHARD_SIZE = 5_000_000_000
 """Bytes; what the Hugging Face hub recommends."""
 DIFFUSION_CLASS = "DLMForMaskedDiffusion"
 
-_PACKAGE = Path(__file__).parents[1]
-_CODE = ("hf/configuration_dlm.py", "hf/modeling_dlm.py", "diffusion/sampler.py")
-_IMPORT = re.compile(r"^from megatron_dlm\.[\w.]*?(\w+) import", re.MULTILINE)
+_SHIPPED = ("configuration_dlm.py", "modeling_dlm.py", "sampler.py")
 _WRITTEN = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|README\.md|token.*"
     r"|special_tokens_map\.json|configuration_dlm\.py|modeling_dlm\.py|sampler\.py|__pycache__"
@@ -250,10 +250,8 @@ def _write_small_files(plan: _Plan, folder: Path) -> None:
     length = config.data.sequence_length
     save_pretrained_tokenizer(plan.tokenizer, folder, add_bos=not diffusion, max_length=length)
     if diffusion:
-        for name in _CODE:
-            content = (_PACKAGE / name).read_bytes()
-            # transformers copies the files of one folder, which import each other relatively.
-            (folder / Path(name).name).write_bytes(_IMPORT.sub(r"from .\1 import", content.decode()).encode())
+        for name in _SHIPPED:
+            (folder / name).write_bytes(resources.files("megatron_dlm.shipped").joinpath(name).read_bytes())
     _write_json(folder / "config.json", model_config(config, plan.tokenizer, plan.dtype))
     _write_json(folder / "generation_config.json", generation_config(config.model, plan.tokenizer))
     card = model_card(plan.stored, architecture=plan.architecture, parameters=plan.parameters, dtype=plan.dtype)

@@ -12,8 +12,9 @@ from itertools import accumulate
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from megatron_dlm.data.errors import DataError, optional_module
 from megatron_dlm.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from megatron_dlm.errors import DataError
+from megatron_dlm.packages import optional_module
 
 _SPACE_MARK = "\u2581"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6

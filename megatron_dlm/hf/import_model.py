@@ -20,19 +20,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dlm.config import Config, ConfigError, DataConfig, SourceConfig, TrainConfig
-from megatron_dlm.config_loading import dump_yaml
-from megatron_dlm.config_validation import validate
-from megatron_dlm.data.errors import optional_module
+from megatron_dlm.checkpoint import manifest
+from megatron_dlm.checkpoint.stored import CONFIG, INFO, TOKENIZER
+from megatron_dlm.checkpoint.whole_tensors import TensorInfo, write_weights
+from megatron_dlm.config.check import validate
+from megatron_dlm.config.load import dump_yaml
+from megatron_dlm.config.tree import Config, DataConfig, SourceConfig, TrainConfig
 from megatron_dlm.data.tokenizer import Tokenizer
+from megatron_dlm.errors import ConfigError
 from megatron_dlm.hf.source_config import OURS, SourceModel, read_source_config
 from megatron_dlm.hf.source_tensors import SourceTensors
 from megatron_dlm.hf.source_tokenizer import SourceTokenizer, convert_tokenizer
-from megatron_dlm.hf.weights import EMBEDDING_HF, HEAD_HF, Whole, weight_map
-from megatron_dlm.storage import manifest
-from megatron_dlm.storage.locate import CONFIG, INFO, TOKENIZER
-from megatron_dlm.storage.output_folder import check_output, complete_folder
-from megatron_dlm.storage.weights import TensorInfo, write_weights
+from megatron_dlm.hf.tensor_map import EMBEDDING_HF, HEAD_HF, Whole, weight_map
+from megatron_dlm.output_folder import check_output, complete_folder
+from megatron_dlm.packages import optional_module
 
 Objective = Literal["masked_diffusion", "autoregressive"]
 

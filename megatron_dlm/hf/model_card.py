@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from megatron_dlm import __version__
-from megatron_dlm.config_loading import dump_yaml
-from megatron_dlm.storage.locate import StoredCheckpoint
+from megatron_dlm.checkpoint.stored import StoredCheckpoint
+from megatron_dlm.config.load import dump_yaml
 
 _DLM_USE = """```python
 import torch

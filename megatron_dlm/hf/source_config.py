@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_dlm.config import ConfigError, ModelConfig
+from megatron_dlm.config.tree import ModelConfig
+from megatron_dlm.errors import ConfigError
 
 OURS = "megatron_dlm"
 """``model_type`` of the diffusion models that megatron_dlm exports."""

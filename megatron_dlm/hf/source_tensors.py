@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_dlm.config import ConfigError
-from megatron_dlm.data.errors import optional_module
+from megatron_dlm.errors import ConfigError
 from megatron_dlm.hf.source_config import read_json
+from megatron_dlm.packages import optional_module
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What can be a weight; others are quantized, or no weights.

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_dlm.data.errors import DataError, optional_module
 from megatron_dlm.data.tokenizer import END_OF_DOCUMENT_PIECE, MASK_PIECE, Tokenizer, load_tokenizer
+from megatron_dlm.errors import DataError
+from megatron_dlm.packages import optional_module
 
 MODEL, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _OLD_SETTINGS = "special_tokens_map.json"

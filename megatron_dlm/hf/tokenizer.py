@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_dlm.data.errors import DataError, optional_module
 from megatron_dlm.data.tokenizer import (
     END_OF_DOCUMENT_PIECE,
     MASK_PIECE,
@@ -25,7 +24,9 @@ from megatron_dlm.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from megatron_dlm.errors import DataError
 from megatron_dlm.hf import from_sentencepiece
+from megatron_dlm.packages import optional_module
 
 _MODEL, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 

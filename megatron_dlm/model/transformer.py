@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from dlm_kernels import linear_cross_entropy
-from megatron_dlm.config import Config, KernelsConfig
+from megatron_dlm.config.tree import Config, KernelsConfig
 from megatron_dlm.diffusion.objective import Batch
 from megatron_dlm.model.initialization import initialize_weights
 from megatron_dlm.model.layer_spec import block_submodules

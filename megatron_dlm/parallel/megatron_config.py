@@ -10,7 +10,8 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dlm.config import Config, ConfigError
+from megatron_dlm.config.tree import Config
+from megatron_dlm.errors import ConfigError
 
 T = TypeVar("T")
 

@@ -12,7 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dlm_kernels.philox import Stream, random_bits
-from megatron_dlm.config import ConfigError, ParallelConfig
+from megatron_dlm.config.tree import ParallelConfig
+from megatron_dlm.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -4,30 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dlm_kernels.philox import Purpose
-from megatron_dlm.config import Config
+from megatron_dlm.config.tree import Config
 from megatron_dlm.data.dataset import Dataset
-from megatron_dlm.diffusion.objective import Autoregressive, Batch, MaskedDiffusion
+from megatron_dlm.diffusion.objective import Autoregressive, MaskedDiffusion
+from megatron_dlm.model.pipeline import MicroBatch
 from megatron_dlm.parallel.topology import Topology
-
-
-class MicroBatch(NamedTuple):
-    """One micro-batch as a pipeline stage needs it."""
-
-    sample_ids: np.ndarray
-    """[micro_batch] int64; -1 where a place only fills up the last micro-batch."""
-    inputs: Tensor | None
-    """[micro_batch, seq] int64 model inputs (xt); None on the middle stages, which read no tokens."""
-    lengths: Tensor | None
-    """[micro_batch] int64 on the CPU; None where every row is full."""
-    batch: Batch | Tensor | None
-    """Targets and weights, or the positions whose logits are wanted; None on the middle stages, and for all logits."""
 
 
 class BatchStream:

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dlm.config import Config, ConfigError
-from megatron_dlm.training.batches import MicroBatch
-from megatron_dlm.training.setup import Training
-from megatron_dlm.training.step import accumulate_gradients, run_pipeline
+from megatron_dlm.config.tree import Config
+from megatron_dlm.errors import ConfigError
+from megatron_dlm.model.pipeline import MicroBatch, run_pipeline
+from megatron_dlm.training.state import Training
+from megatron_dlm.training.step import accumulate_gradients
 
 # What allocators say besides torch.OutOfMemoryError: torch's on a CPU, and CUDA libraries such as NCCL and cuBLAS.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")

@@ -12,7 +12,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_dlm.config import Config
+from megatron_dlm.config.tree import Config
 from megatron_dlm.model.transformer import DiffusionTransformer
 from megatron_dlm.parallel.compat import gradients_for_norm, repair_adam_step_loading, wrap_data_parallel
 from megatron_dlm.parallel.megatron_config import ddp_config, optimizer_config

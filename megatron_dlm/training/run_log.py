@@ -11,22 +11,16 @@ from typing import Any
 import torch
 
 from dlm_kernels.implementation import resolve
-from megatron_dlm.config_loading import dump_yaml
+from megatron_dlm.config.load import dump_yaml
 from megatron_dlm.errors import TrainingError
 from megatron_dlm.files import write_text
+from megatron_dlm.flops import parameter_count, training_flops
+from megatron_dlm.formatting import format_count, format_duration
 from megatron_dlm.model.layer_spec import uses_transformer_engine
-from megatron_dlm.training.checkpoint import Progress
-from megatron_dlm.training.metrics import (
-    Reporter,
-    Throughput,
-    format_count,
-    format_duration,
-    likelihood_name,
-    parameter_count,
-    training_flops,
-)
-from megatron_dlm.training.setup import Training
+from megatron_dlm.training.reporter import Reporter, likelihood_name
+from megatron_dlm.training.state import Progress, Training
 from megatron_dlm.training.step import StepReport
+from megatron_dlm.training.throughput import Throughput
 
 
 class RunLog:

@@ -3,44 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
-
-from megatron.core.distributed import DistributedDataParallel
 
 from dlm_kernels.philox import Purpose
-from megatron_dlm.config import Config, ConfigError, SourceConfig
+from megatron_dlm.config.tree import Config, SourceConfig
 from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dlm.diffusion.objective import build_objective
+from megatron_dlm.errors import ConfigError
 from megatron_dlm.model.transformer import build_model
 from megatron_dlm.parallel.topology import Topology
 from megatron_dlm.training.batches import BatchStream
+from megatron_dlm.training.initial_weights import load_initial_weights
 from megatron_dlm.training.optimizer import Optimizer, wrap
-from megatron_dlm.training.weights import load_initial_weights
-
-
-@dataclass
-class Training:
-    """The parts of a run on this rank."""
-
-    config: Config
-    topology: Topology
-    tokenizer: Tokenizer
-    chunks: list[DistributedDataParallel]
-    optimizer: Optimizer
-    train_stream: BatchStream
-    valid_stream: BatchStream | None
-    steps: int
-    weights_from: Path | None = None
-    """The checkpoint whose weights the run began with, where it begins now and not with random ones."""
-
-    @property
-    def valid_sequences(self) -> int:
-        """Sequences per evaluation: as configured, at most what the validation data has."""
-        if self.valid_stream is None:
-            return 0
-        return min(self.config.evaluate.sequences, self.valid_stream.dataset.samples_per_epoch)
+from megatron_dlm.training.state import Training
 
 
 def build(config: Config, topology: Topology) -> Training:

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
 import torch
 
 from dlm_kernels.implementation import resolve
-from megatron_dlm.config import Config, ConfigError
-from megatron_dlm.config_loading import from_dict
-from megatron_dlm.config_validation import check_schedule, validate
-from megatron_dlm.data.tokenizer import load_tokenizer
-from megatron_dlm.evaluation.held_out import held_out_nelbo, unigram_cross_entropy
-from megatron_dlm.evaluation.samples import Sample, check_samples, write_samples
-from megatron_dlm.evaluation.training_tasks import TrainingTasks, check_tasks
+from megatron_dlm.config.check import check_schedule, validate
+from megatron_dlm.config.load import from_dict
+from megatron_dlm.config.tree import Config
+from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_dlm.errors import ConfigError
 from megatron_dlm.parallel import topology as parallel
 from megatron_dlm.parallel.megatron_config import check_pass_through
-from megatron_dlm.training import checkpoint
-from megatron_dlm.training.checkpoint import Progress
+from megatron_dlm.training import saving as checkpoint
 from megatron_dlm.training.dry_batch import dry_batch
-from megatron_dlm.training.resilience import EXIT_REQUEUE, StopSignal
+from megatron_dlm.training.evaluator import Ask, Evaluator
+from megatron_dlm.training.initial_weights import check_initial_weights
 from megatron_dlm.training.run_log import RunLog
-from megatron_dlm.training.setup import Training, build, open_data, total_steps
+from megatron_dlm.training.setup import build, open_data, total_steps
+from megatron_dlm.training.state import Progress, Training
 from megatron_dlm.training.step import train_step
-from megatron_dlm.training.weights import check_initial_weights
+from megatron_dlm.training.stop_signal import EXIT_REQUEUE, StopSignal
 
 
-def preflight(config: Config, *, world_size: int | None = None) -> None:
-    """Find every configuration and data error before workers start.
+def preflight(config: Config, *, world_size: int | None = None) -> Tokenizer:
+    """Find every configuration and data error before workers start. Returns the run's tokenizer.
 
     Raises ``ConfigError`` or ``DataError`` with a one-line cause and fix.
     """
@@ -40,10 +37,9 @@ def preflight(config: Config, *, world_size: int | None = None) -> None:
     train_data, _ = open_data(config, tokenizer)
     steps = total_steps(config, train_data)
     check_schedule(config, steps)
-    check_samples(config, tokenizer)
-    check_tasks(config, tokenizer)
     if checkpoint.resumable(config, tokenizer, train_data, steps=steps) is None:
         check_initial_weights(config, tokenizer)
+    return tokenizer
 
 
 def _check_kernels(config: Config) -> None:
@@ -53,23 +49,26 @@ def _check_kernels(config: Config) -> None:
         raise ConfigError(f"kernels.implementation: {error}") from None
 
 
-def run_worker(config_dict: dict[str, Any]) -> None:
-    """Train on this rank. Raises ``SystemExit(75)`` when a signal stopped the run after it was saved."""
+def run_worker(config_dict: dict[str, Any], ask: Ask | None = None) -> None:
+    """Train on this rank; ``ask`` makes what the model is asked at evaluations.
+
+    Raises ``SystemExit(75)`` when a signal stopped the run after it was saved.
+    """
     config = from_dict(config_dict)
     topology = parallel.initialize(config.parallel)
-    finished = train(build(config, topology))
+    finished = train(build(config, topology), ask)
     parallel.shutdown()
     if not finished:
         raise SystemExit(EXIT_REQUEUE)
 
 
-def train(training: Training) -> bool:
+def train(training: Training, ask: Ask | None = None) -> bool:
     """Train to the last step, or until a stop signal; collective. Returns whether the run is finished."""
     config = training.config
     saved = checkpoint.find(training)
     progress = checkpoint.load(training, saved) if saved else Progress(step=0, skipped=0)
     log = RunLog(training, progress, resumed=saved)
-    evaluate = Evaluator(training)
+    evaluate = Evaluator(training, ask and ask(training))
     stopped = False
     if progress.step < training.steps:
         log.note(dry_batch(training, step=progress.step))
@@ -88,43 +87,3 @@ def train(training: Training) -> bool:
                 log.evaluation(step, *evaluate(step))
     log.close(progress, saved)
     return progress.step == training.steps
-
-
-class Evaluator:
-    """Samples, tasks, and the held-out NELBO beside the unigram cross-entropy, which token frequencies alone reach."""
-
-    def __init__(self, training: Training) -> None:
-        self._training = training
-        self._tasks = TrainingTasks(training)
-        self._unigram: float | None = None
-
-    def is_due(self, step: int) -> bool:
-        """Every ``evaluate.interval`` steps and after the last one, where there is something to do."""
-        training = self._training
-        due = step % training.config.evaluate.interval == 0 or step == training.steps
-        return due and (training.valid_stream is not None or bool(training.config.evaluate.samples))
-
-    def __call__(self, step: int) -> tuple[dict[str, Any] | None, list[Sample]]:
-        """The evaluation record after ``step`` steps, None without held-out data, and the samples; collective."""
-        return self._held_out(step), write_samples(self._training)
-
-    def _held_out(self, step: int) -> dict[str, Any] | None:
-        training, count = self._training, self._training.valid_sequences
-        if training.valid_stream is None:
-            return None
-        result = held_out_nelbo(training.chunks, training.valid_stream, training.topology, num_sequences=count)
-        if self._unigram is None:
-            counts = training.train_stream.dataset.unigram_counts(training.tokenizer.vocab_size)
-            self._unigram = unigram_cross_entropy(counts, training.valid_stream.dataset.sequences(np.arange(count)))
-        bits_per_byte = 1 / math.log(2) / training.valid_stream.dataset.bytes_per_token
-        return {
-            "step": step,
-            "valid_nelbo": result.nelbo,
-            "valid_nelbo_ci95": result.ci95,
-            "valid_bits_per_byte": result.nelbo * bits_per_byte,
-            "valid_bits_per_byte_ci95": result.ci95 * bits_per_byte,
-            "valid_perplexity_bound": math.exp(min(result.nelbo, 700.0)),  # beyond that the number overflows
-            "valid_unigram": self._unigram,
-            "valid_sequences": result.sequences,
-            **self._tasks(),
-        }

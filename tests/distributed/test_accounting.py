@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dlm.config import Config
+from megatron_dlm.config.tree import Config
 from megatron_dlm.parallel.topology import initialize
 from megatron_dlm.training.setup import build
 from megatron_dlm.training.trainer import train

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-import megatron_dlm.training.checkpoint as checkpoint
-from megatron_dlm.config import Config, ConfigError
+import megatron_dlm.training.saving as checkpoint
+from megatron_dlm.config.tree import Config
 from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.errors import ConfigError
 from megatron_dlm.parallel import topology as parallel
-from megatron_dlm.training.checkpoint import Progress
 from megatron_dlm.training.setup import build, open_data
+from megatron_dlm.training.state import Progress
 from megatron_dlm.training.step import train_step
 from tests.ranks import run_ranks
 from tests.resuming import continue_run, digest

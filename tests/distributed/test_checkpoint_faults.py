@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_dlm.config import Config, ConfigError
-from megatron_dlm.errors import TrainingError
+from megatron_dlm.checkpoint import manifest
+from megatron_dlm.config.tree import Config
+from megatron_dlm.errors import ConfigError, TrainingError
 from megatron_dlm.parallel import topology as parallel
-from megatron_dlm.storage import manifest
-from megatron_dlm.training import checkpoint
-from megatron_dlm.training.checkpoint import Progress
-from megatron_dlm.training.setup import Training, build
+from megatron_dlm.training import saving as checkpoint
+from megatron_dlm.training.setup import build
+from megatron_dlm.training.state import Progress, Training
 from megatron_dlm.training.step import train_step
 from tests.ranks import run_ranks
 from tests.resuming import digest

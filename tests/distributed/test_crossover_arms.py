@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from megatron_dlm.cli import main
-from megatron_dlm.crossover_grid import load_crossover
+from megatron_dlm.crossover.grid import load_crossover
 from megatron_dlm.data.tokenizer import load_tokenizer
 from tests.runs import TINY
 

@@ -13,11 +13,13 @@ import yaml
 
 import megatron_dlm.training.dry_batch as dry
 from megatron_dlm.cli import main
-from megatron_dlm.config import Config, ConfigError
-from megatron_dlm.config_loading import to_dict
+from megatron_dlm.config.load import to_dict
+from megatron_dlm.config.tree import Config
+from megatron_dlm.errors import ConfigError
 from megatron_dlm.model.transformer import TokenLosses
 from megatron_dlm.parallel.topology import initialize
-from megatron_dlm.training.setup import Training, build
+from megatron_dlm.training.setup import build
+from megatron_dlm.training.state import Training
 from megatron_dlm.training.step import train_step
 from tests.ranks import run_ranks
 from tests.runs import tiny_config

@@ -11,8 +11,9 @@ import pytest
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_dlm.config import Config, ConfigError
+from megatron_dlm.config.tree import Config
 from megatron_dlm.data.tokenizer import ByteTokenizer
+from megatron_dlm.errors import ConfigError
 from megatron_dlm.hf.export import export
 from megatron_dlm.parallel import topology as parallel
 from tests.questions import hellaswag, mmlu, write
@@ -42,8 +43,9 @@ def config(data: Path, directory: Path, objective: str, /, **sections: Any) -> C
 
 
 def save_all(configs: list[Config]) -> None:
-    from megatron_dlm.training.checkpoint import Progress, save
+    from megatron_dlm.training.saving import save
     from megatron_dlm.training.setup import build
+    from megatron_dlm.training.state import Progress
 
     for each in configs:
         save(build(each, parallel.initialize(each.parallel)), Progress(step=0, skipped=0))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_dlm.config import Config
+from megatron_dlm.config.tree import Config
 from megatron_dlm.hf.export import export
 from megatron_dlm.parallel import topology as parallel
 from tests.ranks import run_ranks
@@ -51,11 +51,12 @@ def configs(data: Path, folder: Path, layout: str, precision: str = "fp32") -> l
 
 def train_and_save(cases: list[Config]) -> list[tuple[torch.Tensor, list[list[int]]]]:
     """Logits and greedy texts of every run's model; its checkpoint is in its run directory."""
-    from megatron_dlm.diffusion.sampler import SamplerOptions
-    from megatron_dlm.evaluation.generation import TextModel
-    from megatron_dlm.inference import Denoiser
-    from megatron_dlm.training.checkpoint import Progress, save
+    from megatron_dlm.generation.denoiser import Denoiser
+    from megatron_dlm.generation.text_model import TextModel
+    from megatron_dlm.shipped.sampler import SamplerOptions
+    from megatron_dlm.training.saving import save
     from megatron_dlm.training.setup import build
+    from megatron_dlm.training.state import Progress
     from megatron_dlm.training.step import train_step
 
     results = []
@@ -87,8 +88,8 @@ def load(directory: Path) -> Any:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_and_texts_of_trainer_and_export(layout: str, tiny_data: Path, tmp_path: Path) -> None:
-    from megatron_dlm.diffusion.sampler import SamplerOptions
-    from megatron_dlm.evaluation.generation import open_text_model
+    from megatron_dlm.generation.text_model import open_text_model
+    from megatron_dlm.shipped.sampler import SamplerOptions
 
     cases = configs(tiny_data, tmp_path, layout)
     results = run_ranks(train_and_save, cases[0].parallel.model_parallel_size, tmp_path, cases)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import megatron_dlm.training.setup  # noqa: F401  (imported once, in the parent of the forked ranks)
-from megatron_dlm.data.prepare import PrepareOptions, prepare
+from megatron_dlm.preparation.prepare import PrepareOptions, prepare
 from tests.ranks import run_ranks
 from tests.runs import run_cases, tiny_config
 

@@ -12,21 +12,23 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from megatron_dlm.config import Config, ConfigError
-from megatron_dlm.config_loading import from_dict, to_dict
-from megatron_dlm.data.prepare import PrepareOptions, prepare
+from megatron_dlm.checkpoint.model_weights import load_weights
+from megatron_dlm.checkpoint.stored import open_checkpoint
+from megatron_dlm.checkpoint.tensor_files import TensorReader
+from megatron_dlm.checkpoint.whole_tensors import WeightsReader
+from megatron_dlm.config.load import from_dict, to_dict
+from megatron_dlm.config.tree import Config
+from megatron_dlm.errors import ConfigError
 from megatron_dlm.hf.import_model import import_model
 from megatron_dlm.model.transformer import build_model
 from megatron_dlm.parallel import topology as parallel
-from megatron_dlm.storage.locate import open_checkpoint
-from megatron_dlm.storage.tensor_files import TensorReader
-from megatron_dlm.storage.weights import WeightsReader
-from megatron_dlm.training import checkpoint, trainer
-from megatron_dlm.training.checkpoint import Progress
+from megatron_dlm.preparation.prepare import PrepareOptions, prepare
+from megatron_dlm.training import saving as checkpoint
+from megatron_dlm.training import trainer
 from megatron_dlm.training.run_log import banner
 from megatron_dlm.training.setup import build
+from megatron_dlm.training.state import Progress
 from megatron_dlm.training.step import train_step
-from megatron_dlm.training.weights import load_weights
 from tests.hf_sources import save_source
 from tests.ranks import run_ranks
 from tests.resuming import continue_run

@@ -7,11 +7,11 @@ import random
 import time
 from pathlib import Path
 
-from megatron_dlm.config import Config
+from megatron_dlm.config.tree import Config
 from megatron_dlm.parallel import topology as parallel
-from megatron_dlm.training import checkpoint
-from megatron_dlm.training.checkpoint import Progress
+from megatron_dlm.training import saving as checkpoint
 from megatron_dlm.training.setup import build
+from megatron_dlm.training.state import Progress
 from megatron_dlm.training.step import train_step
 from tests.ranks import run_ranks, start_ranks
 from tests.resuming import continue_run, digest

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dlm.config import Config
-from megatron_dlm.data.prepare import PrepareOptions, prepare
-from megatron_dlm.training import checkpoint
+from megatron_dlm.config.tree import Config
+from megatron_dlm.preparation.prepare import PrepareOptions, prepare
+from megatron_dlm.training import saving as checkpoint
 from tests.ranks import run_ranks
 from tests.resuming import continue_run
 from tests.runs import tiny_config

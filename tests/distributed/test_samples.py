@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_dlm.config import Config, ConfigError
+from megatron_dlm.config.tree import Config
+from megatron_dlm.errors import ConfigError
 from megatron_dlm.parallel import topology as parallel
 from tests.ranks import run_ranks
 from tests.runs import tiny_config
@@ -75,7 +76,7 @@ def test_samples_are_the_same_at_every_layout(objective: str, tiny_data: Path, t
 
 
 def test_samples_need_no_held_out_data_and_stand_once(tiny_data: Path, tmp_path: Path) -> None:
-    from megatron_dlm.training.metrics import Reporter
+    from megatron_dlm.training.reporter import Reporter
 
     each = config(tiny_data, tmp_path / "run", "masked_diffusion", "one process", samples=["a", ""])
     each.data.valid = []
@@ -91,7 +92,7 @@ def test_samples_need_no_held_out_data_and_stand_once(tiny_data: Path, tmp_path:
 
 
 def test_shown_on_one_line_without_control_characters() -> None:
-    from megatron_dlm.training.metrics import shown
+    from megatron_dlm.formatting import shown
 
     assert shown('say "h\u00e9"\n\x1b[2J\u009b\u202e') == r'"say \"h' + "\u00e9" + r'\"\n\u001b[2J\u009b\u202e"'
 
@@ -106,7 +107,7 @@ def test_samples_must_fit(tiny_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_stream_that_cannot_show_a_sample_does_not_stop_training(tmp_path: Path, monkeypatch: Any) -> None:
-    from megatron_dlm.training.metrics import Reporter
+    from megatron_dlm.training.reporter import Reporter
 
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)

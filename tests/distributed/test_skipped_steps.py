@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 import megatron_dlm.training.setup  # noqa: F401  (imported once, in the parent of the forked ranks)
-from megatron_dlm.config import Config
+from megatron_dlm.config.tree import Config
 from megatron_dlm.errors import TrainingError
 from megatron_dlm.parallel.topology import initialize
-from megatron_dlm.training.setup import Training, build
+from megatron_dlm.training.setup import build
+from megatron_dlm.training.state import Training
 from megatron_dlm.training.step import train_step
 from megatron_dlm.training.trainer import train
 from tests.ranks import run_ranks

@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_dlm.config import Config
-from megatron_dlm.hf.weights import weight_map
+from megatron_dlm.checkpoint.sharded_state import read_sharded
+from megatron_dlm.checkpoint.stored import open_checkpoint
+from megatron_dlm.checkpoint.whole_tensors import TensorInfo, WeightsReader, write_weights
+from megatron_dlm.config.tree import Config
+from megatron_dlm.hf.tensor_map import weight_map
 from megatron_dlm.model.initialization import CHECKPOINT_METADATA
 from megatron_dlm.parallel import topology as parallel
-from megatron_dlm.storage.locate import open_checkpoint
-from megatron_dlm.storage.weights import TensorInfo, WeightsReader, write_weights
-from megatron_dlm.training import checkpoint
-from megatron_dlm.training.checkpoint import Progress
-from megatron_dlm.training.setup import Training, build
-from megatron_dlm.training.sharded_state import read_sharded
+from megatron_dlm.training import saving as checkpoint
+from megatron_dlm.training.setup import build
+from megatron_dlm.training.state import Progress, Training
 from megatron_dlm.training.step import train_step
 from tests.ranks import run_ranks
 from tests.runs import assemble, shards, tiny_config

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from importlib import import_module
-from keyword import iskeyword
 from pathlib import Path
 
 import pytest
 
-from megatron_dlm.config_loading import load_config
+from megatron_dlm import cli
+from megatron_dlm.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,7 +32,7 @@ def test_training_commands_are_valid(command: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("megatron-dlm") and " train " not in c])
 def test_other_commands_are_valid(command: str) -> None:
     name, *arguments = after(command, "megatron-dlm ")
-    module = import_module(f"megatron_dlm.commands.{name.replace('-', '_')}{'_' if iskeyword(name) else ''}")
+    module = cli.module_of(name)
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     args = parser.parse_args(arguments)

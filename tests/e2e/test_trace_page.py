@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dlm.diffusion.sampler import Step
-from megatron_dlm.evaluation.trace import Recorder, Trace
-from megatron_dlm.evaluation.trace_page import write
+from megatron_dlm.generation.trace import Recorder, Trace
+from megatron_dlm.generation.trace_page import write
+from megatron_dlm.shipped.sampler import Step
 
 _PATIENCE_SECONDS = 20.0
 # Becomes the browser, which takes commands on descriptor 3 and answers on 4.

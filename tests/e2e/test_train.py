@@ -14,7 +14,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_dlm.cli import main
-from megatron_dlm.data.prepare import PrepareOptions, prepare
+from megatron_dlm.preparation.prepare import PrepareOptions, prepare
 from tests.runs import TINY
 
 ROOT = Path(__file__).parents[2]

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from megatron_dlm.config import Config
-from megatron_dlm.config_loading import from_dict
+from megatron_dlm.config.load import from_dict
+from megatron_dlm.config.tree import Config
 from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.diffusion.objective import build_objective
-from megatron_dlm.evaluation.held_out import held_out_nelbo
 from megatron_dlm.parallel.topology import initialize
 from megatron_dlm.training.batches import BatchStream
+from megatron_dlm.training.held_out import held_out_nelbo
 from megatron_dlm.training.setup import build
 from megatron_dlm.training.step import train_step
 from tests.runs import tiny_config

@@ -13,9 +13,9 @@ import pytest
 
 from megatron_dlm import cli
 from megatron_dlm.commands import doctor
-from megatron_dlm.config import Config, ConfigError
-from megatron_dlm.config_loading import build_parser
-from megatron_dlm.data.errors import DataError
+from megatron_dlm.config.load import build_parser
+from megatron_dlm.config.tree import Config
+from megatron_dlm.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "examples/configs/tiny.yaml")

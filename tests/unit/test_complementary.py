@@ -12,8 +12,9 @@ import torch
 from dlm_kernels.noise_levels import draw, draw_pairs, linear_pair_count
 from dlm_kernels.philox import MASK32, Purpose
 from dlm_kernels.types import NoiseMode
-from megatron_dlm.config import Config, ConfigError, DiffusionConfig
+from megatron_dlm.config.tree import Config, DiffusionConfig
 from megatron_dlm.diffusion.objective import Batch, MaskedDiffusion
+from megatron_dlm.errors import ConfigError
 from megatron_dlm.training.batches import BatchStream
 from megatron_dlm.training.setup import total_steps
 from tests.enumeration import MASK_ID as TINY_MASK

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from megatron_dlm.config import Config, ConfigError, DataConfig, ModelConfig, ParallelConfig, SourceConfig, TrainConfig
-from megatron_dlm.config_loading import dump_yaml, from_dict, load_config, load_yaml, parse_config, to_dict
-from megatron_dlm.config_validation import check_schedule, data_parallel_size, validate
+from megatron_dlm.config.check import check_schedule, data_parallel_size, validate
+from megatron_dlm.config.load import dump_yaml, from_dict, load_config, load_yaml, parse_config, to_dict
+from megatron_dlm.config.tree import Config, DataConfig, ModelConfig, ParallelConfig, SourceConfig, TrainConfig
+from megatron_dlm.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 # A crossover's file holds a grid too (test_crossover_grid.py).

@@ -13,8 +13,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
-from megatron_dlm.data import DataError
-from megatron_dlm.data.corpus import EMBEDDED_PARTS, embedded_documents, find_inputs, read_documents
+from megatron_dlm.errors import DataError
+from megatron_dlm.preparation.documents import EMBEDDED_PARTS, embedded_documents, find_inputs, read_documents
 
 TEXTS = ["first\r\n  document\n", "", "\u00fcber \u4f60\u597d\n\ttab", "line\u2028separator\x85in a text", "last"]
 

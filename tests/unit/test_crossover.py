@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_dlm.config import ConfigError
-from megatron_dlm.evaluation.crossover import (
+from megatron_dlm.crossover.cells import analyse
+from megatron_dlm.crossover.curves import (
     Arm,
     Curve,
     Run,
@@ -24,9 +24,9 @@ from megatron_dlm.evaluation.crossover import (
     mean_curve,
     read_run,
 )
-from megatron_dlm.evaluation.crossover_cells import analyse
-from megatron_dlm.evaluation.crossover_figure import draw
-from megatron_dlm.evaluation.crossover_report import as_json, markdown, spread, verdict
+from megatron_dlm.crossover.figure import draw
+from megatron_dlm.crossover.report import as_json, markdown, spread, verdict
+from megatron_dlm.errors import ConfigError
 
 EPOCHS = np.arange(1.0, 51.0)
 

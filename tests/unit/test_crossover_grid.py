@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from megatron_dlm.cli import main
-from megatron_dlm.config import ConfigError
-from megatron_dlm.config_loading import dump_yaml, to_dict
-from megatron_dlm.crossover_grid import Crossover, check_recorded, first_difference, is_finished, load_crossover
+from megatron_dlm.config.load import dump_yaml, to_dict
+from megatron_dlm.crossover.grid import Crossover, check_recorded, first_difference, is_finished, load_crossover
+from megatron_dlm.errors import ConfigError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("crossover*.yaml"))
 FILE: dict[str, Any] = {

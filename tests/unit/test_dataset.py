@@ -13,11 +13,11 @@ import pytest
 
 import megatron_dlm.parallel  # noqa: F401  (prepares the machine before megatron is imported)
 from dlm_kernels.philox import Purpose
-from megatron_dlm.config import SourceConfig
-from megatron_dlm.data import DataError
+from megatron_dlm.config.tree import SourceConfig
 from megatron_dlm.data.blend import Blend, blend_counts
 from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.data.token_file import Metadata, TokenFile
+from megatron_dlm.errors import DataError
 
 
 def write(prefix: Path, content: np.ndarray, document: int = 100, **changes: object) -> SourceConfig:

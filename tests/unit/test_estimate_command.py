@@ -13,12 +13,12 @@ import pytest
 
 from megatron_dlm import cli
 from megatron_dlm.commands.estimate import format_flops, format_ratio
-from megatron_dlm.config import ModelConfig
-from megatron_dlm.config_loading import load_config
-from megatron_dlm.data.errors import DataError
-from megatron_dlm.evaluation import inference_figure
-from megatron_dlm.evaluation.inference_cost import Row, inference_costs, sampler_flops
-from megatron_dlm.evaluation.training_cost import Point, compare_training, read_points
+from megatron_dlm.config.load import load_config
+from megatron_dlm.config.tree import ModelConfig
+from megatron_dlm.costs.inference import Row, inference_costs, sampler_flops
+from megatron_dlm.costs.training import Point, compare_training, read_points
+from megatron_dlm.errors import DataError
+from megatron_dlm.figures import inference_costs as inference_figure
 from tests.exports import MODEL, make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -197,7 +197,7 @@ def test_ratios(value: float, text: str) -> None:
 
 def write_run(folder: Path, objective: str, losses: dict[int, float | None], flops_per_step: float) -> Path:
     """A run's directory as the trainer writes it: a record a step, and evaluations."""
-    from megatron_dlm.training.metrics import Reporter
+    from megatron_dlm.training.reporter import Reporter
     from tests.runs import tiny_config
 
     config = tiny_config(Path("data"), run={"directory": str(folder)}, model={"objective": objective})

@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 
 from megatron_dlm.cli import main
 from megatron_dlm.commands import evaluate as command
-from megatron_dlm.data.errors import DataError
+from megatron_dlm.errors import DataError
 from megatron_dlm.evaluation import scoring
 from megatron_dlm.evaluation.multiple_choice import Answer
 from megatron_dlm.evaluation.partial_answers import PartialAnswers, write_json
 from megatron_dlm.hf.export import export
 from megatron_dlm.parallel import topology as parallel
-from megatron_dlm.training.checkpoint import Progress, save
+from megatron_dlm.training.saving import save
 from megatron_dlm.training.setup import build
+from megatron_dlm.training.state import Progress
 from tests.questions import hellaswag, mmlu, write
 from tests.runs import tiny_config
 

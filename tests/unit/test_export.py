@@ -18,9 +18,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from megatron_dlm.checkpoint import manifest
+from megatron_dlm.checkpoint.whole_tensors import WeightsReader
 from megatron_dlm.hf.export import export
-from megatron_dlm.storage import manifest
-from megatron_dlm.storage.weights import WeightsReader
 from tests.exports import config, content, make_checkpoint
 
 ROOT = Path(__file__).parents[2]

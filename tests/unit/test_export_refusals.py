@@ -16,14 +16,13 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from megatron_dlm import cli
+from megatron_dlm import cli, output_folder
+from megatron_dlm.checkpoint import manifest
+from megatron_dlm.checkpoint.whole_tensors import TensorInfo, WeightsReader, write_weights
 from megatron_dlm.commands.export import size_in_bytes
-from megatron_dlm.config import ConfigError
-from megatron_dlm.config_loading import dump_yaml
-from megatron_dlm.data.errors import DataError
+from megatron_dlm.config.load import dump_yaml
+from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.hf.export import export
-from megatron_dlm.storage import manifest, output_folder
-from megatron_dlm.storage.weights import TensorInfo, WeightsReader, write_weights
 from tests.exports import config, content, make_checkpoint
 
 

@@ -15,14 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dlm.cli import main
-from megatron_dlm.config import Config, ConfigError
+from megatron_dlm.config.tree import Config
 from megatron_dlm.data.tokenizer import ByteTokenizer
-from megatron_dlm.diffusion.sampler import SamplerOptions, Step
-from megatron_dlm.evaluation.generation import TextModel, open_text_model
+from megatron_dlm.errors import ConfigError
+from megatron_dlm.generation.text_model import TextModel, open_text_model
 from megatron_dlm.hf.export import export
 from megatron_dlm.parallel import topology as parallel
-from megatron_dlm.training.checkpoint import Progress, save
+from megatron_dlm.shipped.sampler import SamplerOptions, Step
+from megatron_dlm.training.saving import save
 from megatron_dlm.training.setup import build
+from megatron_dlm.training.state import Progress
 from tests.runs import tiny_config
 
 

@@ -19,9 +19,6 @@ import sentencepiece
 import tokenizers
 import transformers
 
-from megatron_dlm.data import DataError
-from megatron_dlm.data.corpus import embedded_documents
-from megatron_dlm.data.sentencepiece_training import train_sentencepiece
 from megatron_dlm.data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -29,7 +26,10 @@ from megatron_dlm.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from megatron_dlm.errors import DataError
 from megatron_dlm.hf.tokenizer import save_pretrained_tokenizer
+from megatron_dlm.preparation.documents import embedded_documents
+from megatron_dlm.preparation.sentencepiece_training import train_sentencepiece
 
 TOPICS = list(pydoc_data.topics.topics.values())
 SOURCES = [document.text for document in itertools.islice(embedded_documents(), 0, None, 90)]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dlm.config import ModelConfig
-from megatron_dlm.hf.weights import weight_map
+from megatron_dlm.config.tree import ModelConfig
+from megatron_dlm.hf.tensor_map import weight_map
 
 VOCABULARY = 70
 SIZES: dict[str, Any] = {"num_layers": 2, "hidden_size": 24, "ffn_hidden_size": 20, "vocab_size_multiple": 32}

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dlm import cli
-from megatron_dlm.config import ConfigError
-from megatron_dlm.config_loading import to_dict
+from megatron_dlm.checkpoint import manifest
+from megatron_dlm.checkpoint.stored import StoredCheckpoint, open_checkpoint
+from megatron_dlm.checkpoint.whole_tensors import WeightsReader
+from megatron_dlm.config.load import to_dict
 from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.errors import ConfigError
 from megatron_dlm.hf import import_model as module
 from megatron_dlm.hf.import_model import Imported, import_model
-from megatron_dlm.hf.weights import EMBEDDING, HEAD
-from megatron_dlm.storage import manifest
-from megatron_dlm.storage.locate import StoredCheckpoint, open_checkpoint
-from megatron_dlm.storage.weights import WeightsReader
+from megatron_dlm.hf.tensor_map import EMBEDDING, HEAD
 from tests.hf_sources import edit_config, save_source, save_tokenizer
 
 
@@ -42,7 +42,7 @@ def take(folder: Path, tmp_path: Path) -> Callable[..., Imported]:
 
 def logits(stored: StoredCheckpoint, tokens: torch.Tensor) -> torch.Tensor:
     """[batch, seq, vocab] of our model in fp32 on one process."""
-    from megatron_dlm.inference import load_denoiser
+    from megatron_dlm.generation.denoiser import load_denoiser
 
     stored.config.train.precision = "fp32"
     return load_denoiser(stored)(tokens)

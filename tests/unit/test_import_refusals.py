@@ -12,9 +12,8 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_dlm.config import ConfigError
-from megatron_dlm.data.errors import DataError
 from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.hf.import_model import Imported, import_model
 from megatron_dlm.hf.source_config import read_source_config
 from megatron_dlm.hf.source_tensors import SourceTensors

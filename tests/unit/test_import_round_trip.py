@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dlm.config import ConfigError
-from megatron_dlm.data.corpus import embedded_documents
-from megatron_dlm.data.sentencepiece_training import train_sentencepiece
+from megatron_dlm.checkpoint.stored import open_checkpoint
+from megatron_dlm.checkpoint.whole_tensors import WeightsReader
 from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_dlm.errors import ConfigError
 from megatron_dlm.hf.export import export
 from megatron_dlm.hf.import_model import import_model
 from megatron_dlm.hf.source_tokenizer import convert_tokenizer
 from megatron_dlm.hf.tokenizer import save_pretrained_tokenizer
-from megatron_dlm.storage.locate import open_checkpoint
-from megatron_dlm.storage.weights import WeightsReader
+from megatron_dlm.preparation.documents import embedded_documents
+from megatron_dlm.preparation.sentencepiece_training import train_sentencepiece
 from tests.exports import content, make_checkpoint
 from tests.hf_sources import save_tokenizer
 

@@ -13,10 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_dlm.config import ModelConfig
-from megatron_dlm.data.tokenizer import ByteTokenizer
-from megatron_dlm.diffusion.sampler import SamplerOptions, next_token, sample
-from megatron_dlm.evaluation.inference_cost import (
+from megatron_dlm.config.tree import ModelConfig
+from megatron_dlm.costs.inference import (
     LENGTHS,
     PublishedConvention,
     Row,
@@ -26,10 +24,12 @@ from megatron_dlm.evaluation.inference_cost import (
     published_convention,
     sampler_flops,
 )
-from megatron_dlm.inference import Denoiser
+from megatron_dlm.data.tokenizer import ByteTokenizer
+from megatron_dlm.flops import parameter_count
+from megatron_dlm.generation.denoiser import Denoiser
 from megatron_dlm.model.transformer import build_model
 from megatron_dlm.parallel.topology import initialize
-from megatron_dlm.training.metrics import parameter_count
+from megatron_dlm.shipped.sampler import SamplerOptions, next_token, sample
 from tests.runs import tiny_config
 
 PAPER_1B = ModelConfig(
@@ -129,8 +129,8 @@ def test_a_row_that_has_ended_costs_nothing_more() -> None:
 
 
 def test_an_export_costs_the_same_without_padded_columns() -> None:
-    from megatron_dlm.hf.configuration_dlm import DLMConfig
-    from megatron_dlm.hf.modeling_dlm import DLMForMaskedDiffusion
+    from megatron_dlm.shipped.configuration_dlm import DLMConfig
+    from megatron_dlm.shipped.modeling_dlm import DLMForMaskedDiffusion
 
     model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48)
     export = DLMForMaskedDiffusion(DLMConfig(**hugging_face(model), qk_norm=True, mask_token_id=MASK)).eval()
@@ -168,7 +168,7 @@ def masked_half(model: ModelConfig, tokens: int) -> int:
 def test_autoregressive_with_a_cache_costs_what_torch_counts(prompt_tokens: int) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from megatron_dlm.hf.loading import cached_generation
+    from megatron_dlm.generation.from_hugging_face import cached_generation
 
     model = ModelConfig(
         num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, head_dim=24, ffn_hidden_size=48

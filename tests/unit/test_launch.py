@@ -18,9 +18,8 @@ import pytest
 import torch
 
 from megatron_dlm import launch
-from megatron_dlm.config import Config, ConfigError, ParallelConfig, RunConfig
-from megatron_dlm.data.errors import DataError
-from megatron_dlm.errors import TrainingError
+from megatron_dlm.config.tree import Config, ParallelConfig, RunConfig
+from megatron_dlm.errors import ConfigError, DataError, TrainingError
 
 
 @pytest.fixture

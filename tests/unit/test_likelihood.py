@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlm_kernels.reference import cross_entropy
-from megatron_dlm.diffusion import likelihood_rows
-from megatron_dlm.diffusion.likelihood import (
+from megatron_dlm.evaluation import likelihood_rows
+from megatron_dlm.evaluation.likelihood import (
     LikelihoodOptions,
     LogLikelihood,
     Request,
@@ -22,7 +22,7 @@ from megatron_dlm.diffusion.likelihood import (
     masked_loglikelihood,
     rolling,
 )
-from megatron_dlm.diffusion.sampler import SamplerOptions, sample
+from megatron_dlm.shipped.sampler import SamplerOptions, sample
 from tests.enumeration import MASK_ID, TinyPredictor
 
 VOCAB, MASK = 23, 22

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dlm.diffusion.likelihood import LogLikelihood, Request, exact_loglikelihoods, rolling
-from megatron_dlm.diffusion.sampler import SamplerOptions, next_token, sample
+from megatron_dlm.evaluation.likelihood import LogLikelihood, Request, exact_loglikelihoods, rolling
+from megatron_dlm.shipped.sampler import SamplerOptions, next_token, sample
 
 VOCAB, MASK, END = 23, 22, 21
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_dlm.data.tokenizer import ByteTokenizer
-from megatron_dlm.diffusion.sampler import Step
-from megatron_dlm.evaluation.live_view import LiveView
+from megatron_dlm.generation.live_view import LiveView
+from megatron_dlm.shipped.sampler import Step
 
 TOKENIZER = ByteTokenizer()
 MASK, END = TOKENIZER.mask_token_id, TOKENIZER.end_of_document_id

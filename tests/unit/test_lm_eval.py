@@ -18,13 +18,15 @@ from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from megatron_dlm.cli import main  # noqa: E402
-from megatron_dlm.config import ConfigError  # noqa: E402
-from megatron_dlm.data.errors import DataError  # noqa: E402
 from megatron_dlm.data.tokenizer import ByteTokenizer  # noqa: E402
-from megatron_dlm.evaluation.generation import TextModel  # noqa: E402
+from megatron_dlm.errors import (
+    ConfigError,  # noqa: E402
+    DataError,  # noqa: E402
+)
 from megatron_dlm.evaluation.lm_eval_model import MegatronDLM, run_lm_eval  # noqa: E402
 from megatron_dlm.evaluation.multiple_choice import answer, encode_task, metrics  # noqa: E402
 from megatron_dlm.evaluation.tasks import load_task  # noqa: E402
+from megatron_dlm.generation.text_model import TextModel  # noqa: E402
 from tests.exports import make_checkpoint  # noqa: E402
 from tests.questions import hellaswag, rigged, write  # noqa: E402
 
@@ -100,7 +102,7 @@ def tasks(tmp_path: Path) -> Path:
 
 
 def run(model: TextModel, tasks: Path, *names: str, **keys: Any) -> dict[str, Any]:
-    from megatron_dlm.diffusion.likelihood_masks import LikelihoodOptions
+    from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
 
     options = LikelihoodOptions(samples=16, seed=3)
     return run_lm_eval(model, names, options, include_path=str(tasks), **keys)
@@ -108,7 +110,7 @@ def run(model: TextModel, tasks: Path, *names: str, **keys: Any) -> dict[str, An
 
 @pytest.mark.parametrize("autoregressive", [False, True])
 def test_the_figures_are_those_of_our_own_tasks(autoregressive: bool, tasks: Path) -> None:
-    from megatron_dlm.diffusion.likelihood_masks import LikelihoodOptions
+    from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
 
     model = visible(autoregressive)
     found = run(model, tasks, "tiny_arc", "tiny_lambada", log_questions=True)

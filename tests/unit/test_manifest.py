@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dlm.storage import manifest
-from megatron_dlm.storage.manifest import FileRecord
+from megatron_dlm.checkpoint import manifest
+from megatron_dlm.checkpoint.manifest import FileRecord
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from megatron_dlm.diffusion.objective import Batch
+from megatron_dlm.model.pipeline import MicroBatch
 from megatron_dlm.model.transformer import TokenLosses
-from megatron_dlm.training.batches import MicroBatch
 from megatron_dlm.training.mask_ratio import means_by_mask_ratio, sums_by_mask_ratio
 from megatron_dlm.training.step import _training_output
 

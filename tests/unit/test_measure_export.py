@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_dlm.config_loading import from_dict
+from megatron_dlm.config.load import from_dict
 from tools.measure_export import BASE, Measurement, export_and_measure, write_checkpoint, write_tokenizer
 
 SHARD = 8_000_000

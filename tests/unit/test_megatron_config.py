@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dlm.config import ConfigError
+from megatron_dlm.errors import ConfigError
 from megatron_dlm.model.transformer import build_model
 from megatron_dlm.parallel.megatron_config import (
     _PASS_THROUGH,

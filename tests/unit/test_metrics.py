@@ -13,21 +13,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_dlm.config import ModelConfig
-from megatron_dlm.evaluation.held_out import summarize, unigram_cross_entropy
+from megatron_dlm.config.tree import ModelConfig
+from megatron_dlm.flops import parameter_count, training_flops
+from megatron_dlm.formatting import format_count, format_duration
 from megatron_dlm.parallel.topology import initialize
-from megatron_dlm.training import metrics
-from megatron_dlm.training.metrics import (
-    Reporter,
-    Throughput,
-    averaged,
-    format_count,
-    format_duration,
-    parameter_count,
-    training_flops,
-)
+from megatron_dlm.training import reporter as metrics
+from megatron_dlm.training.held_out import summarize, unigram_cross_entropy
+from megatron_dlm.training.reporter import Reporter, averaged
 from megatron_dlm.training.setup import build
 from megatron_dlm.training.step import accumulate_gradients
+from megatron_dlm.training.throughput import Throughput
 from tests.runs import tiny_config
 
 PAPER_1B = dict(num_layers=26, hidden_size=1792, num_attention_heads=14, ffn_hidden_size=4736, qk_norm=False)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from megatron_dlm.config import DiffusionConfig
+from megatron_dlm.config.tree import DiffusionConfig
 from megatron_dlm.diffusion.objective import MaskedDiffusion
-from megatron_dlm.diffusion.sampler import SamplerOptions, sample
-from megatron_dlm.hf.configuration_dlm import DLMConfig
-from megatron_dlm.hf.modeling_dlm import DLMForMaskedDiffusion
+from megatron_dlm.shipped.configuration_dlm import DLMConfig
+from megatron_dlm.shipped.modeling_dlm import DLMForMaskedDiffusion
+from megatron_dlm.shipped.sampler import SamplerOptions, sample
 
 VOCAB, END, MASK = 50, 48, 49
 SHAPES = [{"qk_norm": True}, {"qk_norm": False, "num_key_value_heads": 4}, {"tie_word_embeddings": True}]

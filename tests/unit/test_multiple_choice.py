@@ -10,12 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dlm.data.errors import DataError
 from megatron_dlm.data.tokenizer import ByteTokenizer
-from megatron_dlm.diffusion.likelihood import LikelihoodOptions, Request, exact_loglikelihoods, loglikelihoods
-from megatron_dlm.diffusion.sampler import SamplerOptions, next_token
+from megatron_dlm.errors import DataError
 from megatron_dlm.evaluation import scoring
-from megatron_dlm.evaluation.generation import TextModel
+from megatron_dlm.evaluation.likelihood import LikelihoodOptions, Request, exact_loglikelihoods, loglikelihoods
 from megatron_dlm.evaluation.multiple_choice import (
     Answer,
     answer,
@@ -26,6 +24,8 @@ from megatron_dlm.evaluation.multiple_choice import (
 )
 from megatron_dlm.evaluation.scoring import encode_pair, score
 from megatron_dlm.evaluation.tasks import Question, Task
+from megatron_dlm.generation.text_model import TextModel
+from megatron_dlm.shipped.sampler import SamplerOptions, next_token
 from tests.questions import rigged
 
 BYTES = ByteTokenizer()

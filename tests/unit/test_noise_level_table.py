@@ -17,12 +17,11 @@ from torch import Tensor
 
 from megatron_dlm import cli
 from megatron_dlm.commands.noise_levels import format_tables
-from megatron_dlm.config import ConfigError
-from megatron_dlm.data.errors import DataError
 from megatron_dlm.data.tokenizer import ByteTokenizer
-from megatron_dlm.evaluation.generation import TextModel, open_text_model
-from megatron_dlm.evaluation.noise_level_figure import draw
+from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.evaluation.noise_level_table import NoiseLevelTable, compare, noise_level_table
+from megatron_dlm.figures.noise_levels import draw
+from megatron_dlm.generation.text_model import TextModel, open_text_model
 from tests.exports import make_checkpoint
 from tests.unit.test_text_nelbo import SEQ, VOCAB, Letters, Tiny, random_texts, tiny_model, write_documents
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dlm_kernels import noise_levels
 from dlm_kernels.philox import Purpose
-from megatron_dlm.config import AutoregressiveConfig, Config, ConfigError, DiffusionConfig
+from megatron_dlm.config.tree import AutoregressiveConfig, Config, DiffusionConfig
 from megatron_dlm.diffusion.objective import Autoregressive, Batch, MaskedDiffusion, _capacity, build_objective
 from megatron_dlm.diffusion.schedule import levels_and_weights
+from megatron_dlm.errors import ConfigError
 from tests.enumeration import MASK_ID as TINY_MASK
 from tests.enumeration import SEQ as TINY_SEQ
 from tests.enumeration import TinyPredictor

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_dlm.parallel.topology import initialize
-from megatron_dlm.training.setup import Training, build
+from megatron_dlm.training.setup import build
+from megatron_dlm.training.state import Training
 from megatron_dlm.training.step import train_step
 from tests.runs import tiny_config
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dlm_kernels import noise_levels
 from dlm_kernels.reference import cross_entropy, mask_tokens
-from megatron_dlm.config import DiffusionConfig
+from megatron_dlm.config.tree import DiffusionConfig
 from megatron_dlm.diffusion.objective import MaskedDiffusion
 from megatron_dlm.diffusion.schedule import elbo_weight, levels_and_weights, mask_probability
 from megatron_dlm.diffusion.weighting import cart_weights

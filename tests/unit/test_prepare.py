@@ -19,16 +19,16 @@ import pytest
 from datasets import Dataset as HubDataset
 from pyarrow import parquet
 
-import megatron_dlm.data.prepare as prepare_module
+import megatron_dlm.preparation.prepare as prepare_module
 from megatron_dlm.cli import main
 from megatron_dlm.commands import prepare as command
-from megatron_dlm.config_loading import parse_config
-from megatron_dlm.data import DataError
-from megatron_dlm.data.corpus import Document
-from megatron_dlm.data.prepare import PrepareOptions, prepare
-from megatron_dlm.data.selection import document_key, held_out, training_sample
+from megatron_dlm.config.load import parse_config
 from megatron_dlm.data.token_file import Metadata, TokenFile
 from megatron_dlm.data.tokenizer import ByteTokenizer, load_tokenizer
+from megatron_dlm.errors import DataError
+from megatron_dlm.preparation.documents import Document
+from megatron_dlm.preparation.prepare import PrepareOptions, prepare
+from megatron_dlm.preparation.selection import document_key, held_out, training_sample
 
 TEXTS = [f"document {i}\n" + "word " * (i % 7) + "\u00fc\n" for i in range(200)]
 END = ByteTokenizer().end_of_document_id
@@ -91,7 +91,7 @@ def test_metadata(jsonl: Path, tmp_path: Path) -> None:
 
 
 def test_output_does_not_depend_on_workers(jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_dlm.data.tokenization._BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr("megatron_dlm.preparation.tokenization._BATCH_DOCUMENTS", 7)
     for workers in (1, 2, 3):
         prepare(options(jsonl, tmp_path / str(workers), tokenizer=None, train_sentencepiece=300), workers=workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
@@ -174,7 +174,7 @@ def test_large_vocabularies_are_stored_as_int32(jsonl: Path, tmp_path: Path, mon
         return tokenizer
 
     monkeypatch.setattr(prepare_module, "load_tokenizer", wide)
-    monkeypatch.setattr("megatron_dlm.data.tokenization.load_tokenizer", wide)
+    monkeypatch.setattr("megatron_dlm.preparation.tokenization.load_tokenizer", wide)
     prepare(options(jsonl, tmp_path))
     file = TokenFile(tmp_path / "train")
     assert file.tokens.dtype == np.int32 and file.tokens[-1] == 69_999 == file.metadata.max_token_id

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dlm.diffusion.sampler import SamplerOptions, Step, next_token, sample
+from megatron_dlm.shipped.sampler import SamplerOptions, Step, next_token, sample
 
 VOCAB, MASK, END = 23, 22, 21
 

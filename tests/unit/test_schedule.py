@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dlm.config import DiffusionConfig
+from megatron_dlm.config.tree import DiffusionConfig
 from megatron_dlm.diffusion.schedule import (
     elbo_weight,
     levels_and_weights,

@@ -9,8 +9,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from megatron_dlm.config import ConfigError, TaskConfig
-from megatron_dlm.data.errors import DataError
+from megatron_dlm.config.tree import TaskConfig
+from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.evaluation.tasks import TASKS, load_task
 from tests.questions import hellaswag, mmlu, write
 

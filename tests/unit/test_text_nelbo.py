@@ -15,16 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dlm.config import ConfigError
-from megatron_dlm.data.errors import DataError
-from megatron_dlm.data.prepare import PrepareOptions, prepare
 from megatron_dlm.data.tokenizer import ByteTokenizer, Tokenizer
-from megatron_dlm.evaluation.generation import TextModel, open_text_model
-from megatron_dlm.evaluation.held_out import held_out_nelbo
+from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.evaluation.text_nelbo import TextNelbo, read_windows, text_nelbo
+from megatron_dlm.generation.denoiser import Denoiser
+from megatron_dlm.generation.text_model import TextModel, open_text_model
 from megatron_dlm.hf.export import export
-from megatron_dlm.inference import Denoiser
 from megatron_dlm.parallel import topology as parallel
+from megatron_dlm.preparation.prepare import PrepareOptions, prepare
+from megatron_dlm.training.held_out import held_out_nelbo
 from megatron_dlm.training.setup import build
 from tests.exports import make_checkpoint
 from tests.runs import tiny_config

@@ -12,9 +12,6 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from megatron_dlm.data import DataError
-from megatron_dlm.data.corpus import embedded_documents
-from megatron_dlm.data.sentencepiece_training import train_sentencepiece
 from megatron_dlm.data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -22,6 +19,9 @@ from megatron_dlm.data.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from megatron_dlm.errors import DataError
+from megatron_dlm.preparation.documents import embedded_documents
+from megatron_dlm.preparation.sentencepiece_training import train_sentencepiece
 
 CONTROL_WORDS = ("<|mask|>", "<|end_of_document|>", "[MASK]", "<mask>", "<|endoftext|>", "</s>", "<unk>", "<0x41>")
 AWKWARD = (

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dlm.config import ParallelConfig
+from megatron_dlm.config.tree import ParallelConfig
 from megatron_dlm.parallel import topology as parallel
 
 

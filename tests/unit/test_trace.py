@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dlm.data.errors import DataError
 from megatron_dlm.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
-from megatron_dlm.diffusion.sampler import SamplerOptions, Step, sample
-from megatron_dlm.evaluation.trace import Cell, Fill, Recorder, Speller, Trace, TraceRow, visible
-from megatron_dlm.evaluation.trace_page import render, write
+from megatron_dlm.errors import DataError
+from megatron_dlm.generation.trace import Cell, Fill, Recorder, Speller, Trace, TraceRow, visible
+from megatron_dlm.generation.trace_page import render, write
+from megatron_dlm.shipped.sampler import SamplerOptions, Step, sample
 
 BYTES = ByteTokenizer()
 MASK, END = BYTES.mask_token_id, BYTES.end_of_document_id
@@ -133,7 +133,7 @@ def test_broken_bytes_hold_nothing_up() -> None:
 
 
 def sentencepiece(folder: Path) -> Tokenizer:
-    from megatron_dlm.data.sentencepiece_training import train_sentencepiece
+    from megatron_dlm.preparation.sentencepiece_training import train_sentencepiece
 
     train_sentencepiece([TEXT.replace("\u4e16\u754c", "")] * 20, 300, folder / "tokenizer.model")
     return SentencePieceTokenizer(folder / "tokenizer.model")

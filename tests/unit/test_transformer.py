@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_dlm.diffusion.objective import build_objective
-from megatron_dlm.inference import Denoiser
+from megatron_dlm.generation.denoiser import Denoiser
 from megatron_dlm.model.transformer import DiffusionTransformer, build_model
 from megatron_dlm.parallel.topology import initialize
 from tests.runs import tiny_config

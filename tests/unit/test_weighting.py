@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dlm_kernels.philox import Purpose
 from dlm_kernels.reference import cross_entropy, linear_cross_entropy
-from megatron_dlm.config import DiffusionConfig
+from megatron_dlm.config.tree import DiffusionConfig
 from megatron_dlm.diffusion.objective import Batch, MaskedDiffusion
 from megatron_dlm.diffusion.weighting import CART_Q, cart_weights
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
-from megatron_dlm.config import ConfigError
-from megatron_dlm.storage import manifest
-from megatron_dlm.storage.weights import TensorInfo, WeightsReader, model_keys, write_weights
+from megatron_dlm.checkpoint import manifest
+from megatron_dlm.checkpoint.whole_tensors import TensorInfo, WeightsReader, model_keys, write_weights
+from megatron_dlm.errors import ConfigError
 
 TENSORS = {
     "a.weight": torch.arange(12.0).view(3, 4) / 7,

@@ -1,0 +1,88 @@
+"""The manifest of a directory: size and SHA-256 of every file, so that damage is found before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_dlm.files import flush
+
+NAME = "manifest.json"
+
+
+class FileRecord(NamedTuple):
+    """What a file must be."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Hexadecimal."""
+
+
+def record(path: Path) -> FileRecord:
+    """Size and digest of a file, which is read once."""
+    with path.open("rb") as file:
+        return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def write(directory: Path, known: dict[str, FileRecord]) -> None:
+    """Write the manifest of all other files below ``directory``, and flush everything to the disk.
+
+    Args:
+        directory: holds the files already.
+        known: records by name of the large files, which are not read again.
+    """
+    records = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name != NAME:
+            records[name] = known[name] if name in known else record(path)
+            if name not in known:
+                flush(path)
+    text = json.dumps({"files": {name: item._asdict() for name, item in records.items()}}, indent=1)
+    (directory / NAME).write_text(text + "\n", encoding="utf-8")
+    for path in (directory / NAME, *(path for path in directory.rglob("*") if path.is_dir()), directory):
+        flush(path)
+
+
+def read(directory: Path) -> dict[str, FileRecord]:
+    """The records by name. Raises ``ValueError`` with a sentence if there is no manifest, or something else in it."""
+    try:
+        files = json.loads((directory / NAME).read_text(encoding="utf-8"))["files"]
+        return {name: FileRecord(int(item["size"]), str(item["sha256"])) for name, item in files.items()}
+    except FileNotFoundError:
+        raise ValueError(f"it has no {NAME}, so it was not completed") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"its {NAME} is damaged") from None
+
+
+def find_fault(directory: Path, names: Iterable[str] | None = None, *, content: bool = True) -> str | None:
+    """A sentence that names the first bad file, or None if all are as the manifest says.
+
+    Args:
+        directory: with a manifest.
+        names: the files to look at; None = all.
+        content: compare digests too, which reads the files; else only their sizes.
+
+    Raises:
+        OSError: a file is there but cannot be read, which says nothing about what is in it.
+    """
+    try:
+        records = read(directory)
+    except ValueError as error:
+        return str(error)
+    for name in records if names is None else names:
+        path, expected = directory / name, records.get(name)
+        if expected is None:
+            return f"its {NAME} lacks {name}"
+        try:
+            if (size := path.stat().st_size) != expected.size:
+                return f"{name} has {size} bytes instead of {expected.size}"
+            if content and record(path) != expected:
+                return f"the content of {name} has changed since it was written (its SHA-256 differs)"
+        except FileNotFoundError:
+            return f"{name} is missing"
+    return None

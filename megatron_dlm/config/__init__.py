@@ -1,0 +1,1 @@
+"""The configuration tree: its keys, reading it, checking it."""

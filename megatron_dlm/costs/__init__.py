@@ -1,0 +1,1 @@
+"""What generating text and training cost, in FLOPs."""

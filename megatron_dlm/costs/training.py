@@ -1,0 +1,117 @@
+"""Training FLOPs of a DLM and of an AR run at their best points, and where the DLM reaches what AR reaches at all."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_dlm.errors import DataError
+
+
+class Point(NamedTuple):
+    """One held-out evaluation of a run."""
+
+    step: int
+    loss: float
+    """Held-out NELBO (of AR the exact negative log-likelihood), nats per token."""
+    flops: float
+    """Of all training up to here (``training.metrics.training_flops``)."""
+
+
+class TrainingCosts(NamedTuple):
+    """What ``compare_training`` finds."""
+
+    autoregressive: Point
+    """AR at its smallest loss, the first if there are several."""
+    diffusion: Point
+    """The DLM at its smallest loss."""
+    reached: Point | None
+    """The first evaluation of the DLM with a loss at most AR's smallest; None: it never gets there."""
+
+    @property
+    def ratio_at_best(self) -> float:
+        """FLOPs of the DLM over AR's, each at its own best point, which need not be equally good."""
+        return self.diffusion.flops / self.autoregressive.flops
+
+    @property
+    def ratio_at_equal_loss(self) -> float | None:
+        """FLOPs that take the DLM to AR's best loss, over AR's; None where it never gets there."""
+        return None if self.reached is None else self.reached.flops / self.autoregressive.flops
+
+
+def compare_training(autoregressive: Sequence[Point], diffusion: Sequence[Point]) -> TrainingCosts:
+    """Compare two runs at their best points.
+
+    Losses are those of evaluations, nothing is interpolated, so the point where the DLM reaches AR's best is late by
+    up to one interval between evaluations.
+
+    Args:
+        autoregressive: evaluations of the AR run, one at least, by step.
+        diffusion: those of the DLM run.
+    """
+    best = min(autoregressive, key=lambda point: point.loss)
+    return TrainingCosts(
+        autoregressive=best,
+        diffusion=min(diffusion, key=lambda point: point.loss),
+        reached=next((point for point in diffusion if point.loss <= best.loss), None),
+    )
+
+
+def read_points(path: str | Path) -> list[Point]:
+    """The evaluations of a run with a finite loss, by step.
+
+    Args:
+        path: a run's directory, or its metrics.jsonl.
+
+    Raises:
+        DataError: there is no such file, it is not one that a run wrote, or it has no evaluation with its FLOPs;
+            one line.
+    """
+    path = Path(path)
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    flops: dict[int, float] = {}
+    losses: dict[int, float] = {}
+    evaluations = 0
+    for record in _records(file):
+        step = record["step"]
+        if "valid_nelbo" in record:
+            evaluations += 1
+            if _is_finite(record["valid_nelbo"]):
+                losses[step] = record["valid_nelbo"]
+        elif _is_finite(record.get("training_flops")):
+            flops[step] = record["training_flops"]
+    if not evaluations:
+        raise DataError(f"{file} has no held-out evaluation: train with data.valid")
+    points = [Point(step, losses[step], flops[step]) for step in sorted(losses) if flops.get(step, 0) > 0]
+    if not points:
+        missing = "training_flops of the step of any evaluation" if losses else "finite valid_nelbo"
+        raise DataError(f"{file} has no {missing}: train again with this version")
+    return points
+
+
+def _records(file: Path) -> list[dict[str, Any]]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}; give a run's directory or its metrics.jsonl") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{file} is no text; give a run's directory or its metrics.jsonl") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines):  # cut short by a kill
+                break
+            raise DataError(f"{file}:{number} is not JSON; give a run's directory or its metrics.jsonl") from None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise DataError(f"{file}:{number} is no record of a step; give a run's directory or its metrics.jsonl")
+        records.append(record)
+    return records
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

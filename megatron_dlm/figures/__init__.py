@@ -1,0 +1,1 @@
+"""What is drawn, and how all figures look."""

@@ -1,0 +1,1 @@
+"""Text to token files: documents, tokenisation, what is held out."""

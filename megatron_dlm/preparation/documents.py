@@ -1,0 +1,213 @@
+"""Documents: the corpus that comes with every Python, and the readers of files and folders."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sysconfig
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from megatron_dlm.errors import DataError
+from megatron_dlm.packages import optional_module
+
+# Tests, vendored packages and what a build writes: not the library's own source.
+_EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_EXCLUDED_FILES = ("pydoc_data/topics.py", "_sysconfigdata")
+
+_JSON_SUFFIXES = {".jsonl", ".json"}
+
+EMBEDDED_PARTS = ("source", "reference")
+"""What every Python brings along: the standard library's source, and the language reference."""
+
+
+class Document(NamedTuple):
+    """One text and where it comes from, for messages."""
+
+    text: str
+    origin: str
+
+
+def embedded_documents(parts: Collection[str] = EMBEDDED_PARTS) -> Iterator[Document]:
+    """The standard library's own source, one document a file, then the language reference, one document a topic.
+
+    About 11 MB of Python and 0.5 MB of English without any download; ``parts`` may leave out either. The order is that
+    of the paths and topic names, so it depends on the Python version alone.
+    """
+    from pydoc_data import topics
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")) if "source" in parts else []
+    for name in names:
+        if _EXCLUDED_FOLDERS.isdisjoint(name.split("/")) and not name.startswith(_EXCLUDED_FILES):
+            text = _read_text(root / name)
+            if text:
+                yield Document(text, str(root / name))
+    for topic, text in sorted(topics.topics.items()) if "reference" in parts else []:
+        yield Document(text, f"the language reference on {topic!r}")
+
+
+def find_inputs(inputs: Iterable[str | Path]) -> list[Path]:
+    """Files and dataset folders to read, in order: the inputs as given, other folders replaced by their files, sorted.
+
+    Raises:
+        DataError: an input does not exist, or a folder has no visible file in it.
+    """
+    found: list[Path] = []
+    for path in map(Path, inputs):
+        if not path.exists():
+            raise DataError(f"the input {path} does not exist: check the path")
+        if not path.is_dir() or _is_dataset_folder(path):
+            found.append(path)
+            continue
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+        if not inside:
+            raise DataError(f"the input folder {path} has no files: check the path")
+        found += inside
+    return found
+
+
+def read_documents(
+    paths: Sequence[Path], *, text_key: str = "text", split_on_blank_lines: bool = False
+) -> Iterator[Document]:
+    """The documents of files and dataset folders, in order; the kind is told by the name.
+
+    Args:
+        paths: *.jsonl or *.json (JSON lines), *.parquet, a folder written by Hugging Face's `save_to_disk`; all else is
+            plain UTF-8 text. JSON lines and text may end in .gz.
+        text_key: JSON key or column that holds the text.
+        split_on_blank_lines: a text file holds several documents with blank lines between them, not just one.
+
+    Raises:
+        DataError: a file cannot be read as what it is; the message names the file and the place in it.
+    """
+    for path in paths:
+        kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+        if path.is_dir():
+            yield from _read_dataset_folder(path, text_key)
+        elif kind in _JSON_SUFFIXES:
+            yield from _read_json_lines(path, text_key)
+        elif kind == ".parquet":
+            yield from _read_parquet(path, text_key)
+        elif split_on_blank_lines:
+            yield from _read_blocks(path)
+        else:
+            yield Document(_read_text(path), str(path))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _is_dataset_folder(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number (from 1) and text of each line, line ends kept."""
+    start = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                yield number, _decode(line, path, start)
+                start += len(line)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is damaged ({error}): copy it again") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with _open(path) as file:
+            return _decode(file.read(), path, 0)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is damaged ({error}): copy it again") from error
+
+
+def _decode(content: bytes, path: Path, start: int) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 at byte {start + error.start} (0x{content[error.start]:02x}): "
+            "convert it to UTF-8, or leave the file out"
+        ) from error
+
+
+def _read_blocks(path: Path) -> Iterator[Document]:
+    block: list[str] = []
+    first = 1
+    for number, line in _lines(path):
+        if line.strip():
+            first = first if block else number
+            block.append(line)
+        elif block:
+            yield Document("".join(block), f"{path} line {first}")
+            block = []
+    if block:
+        yield Document("".join(block), f"{path} line {first}")
+
+
+def _read_json_lines(path: Path, text_key: str) -> Iterator[Document]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        origin = f"{path} line {number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{origin} is not JSON ({error}): write one object on each line") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{origin} is not a JSON object: write one object on each line")
+        if text_key not in record:
+            raise DataError(f"{origin} has no {text_key!r}: {_name_key(list(record))}")
+        yield _document(record[text_key], origin, text_key)
+
+
+def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
+    pyarrow = optional_module("pyarrow", f"reading {path}")
+    parquet = optional_module("pyarrow.parquet", f"reading {path}")
+    try:
+        with parquet.ParquetFile(path) as file:
+            if text_key not in file.schema_arrow.names:
+                raise DataError(f"{path} has no column {text_key!r}: {_name_key(file.schema_arrow.names)}")
+            row = 0
+            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
+                for text in batch.column(0).to_pylist():
+                    yield _document(text, f"{path} row {row}", text_key)
+                    row += 1
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file ({_first_line(error)}): write it again") from error
+
+
+def _read_dataset_folder(path: Path, text_key: str) -> Iterator[Document]:
+    datasets = optional_module("datasets", f"reading {path}")
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(p.parent.name for p in path.glob("*/state.json")) or ["train"]
+        raise DataError(f"{path} holds several splits ({', '.join(splits)}): give one, such as {path / splits[0]}")
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # pyarrow, json or the file system, whatever part is damaged
+        raise DataError(f"{path} is not a readable dataset folder ({_first_line(error)}): save it again") from error
+    if text_key not in dataset.column_names:
+        raise DataError(f"{path} has no column {text_key!r}: {_name_key(dataset.column_names)}")
+    for row, record in enumerate(dataset.select_columns([text_key])):
+        yield _document(record[text_key], f"{path} row {row}", text_key)
+
+
+def _document(text: Any, origin: str, text_key: str) -> Document:
+    if not isinstance(text, str):
+        raise DataError(f"{origin}: {text_key!r} holds {type(text).__name__}, not text: {_name_key([])}")
+    return Document(text, origin)
+
+
+def _name_key(present: list[str]) -> str:
+    return "name the key of the text with --text-key" + (f" (there are: {', '.join(present)})" if present else "")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

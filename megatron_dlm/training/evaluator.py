@@ -1,0 +1,74 @@
+"""The evaluations of a run: when, and what their record has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from megatron_dlm.training.held_out import held_out_nelbo, unigram_cross_entropy
+from megatron_dlm.training.state import Training
+
+
+class Sample(NamedTuple):
+    """One text that the model has written."""
+
+    prompt: str
+    text: str
+    """What follows the prompt."""
+
+
+class Questions(Protocol):
+    """What a model is asked at an evaluation beside its held-out loss; the methods are collective."""
+
+    def figures(self) -> dict[str, float | None]:
+        """Keys of the evaluation's record; None where there is no finite number."""
+
+    def texts(self) -> list[Sample]:
+        """What the model writes."""
+
+
+Ask = Callable[[Training], Questions]
+"""Makes the questions of a run. They need more than a run does, so they come from whoever starts it."""
+
+
+class Evaluator:
+    """Held-out NELBO beside the unigram cross-entropy, which token frequencies alone reach; and the questions."""
+
+    def __init__(self, training: Training, questions: Questions | None = None) -> None:
+        self._training = training
+        self._questions = questions
+        self._unigram: float | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Every ``evaluate.interval`` steps and after the last one, where there is something to do."""
+        training = self._training
+        due = step % training.config.evaluate.interval == 0 or step == training.steps
+        return due and (training.valid_stream is not None or bool(training.config.evaluate.samples))
+
+    def __call__(self, step: int) -> tuple[dict[str, Any] | None, list[Sample]]:
+        """The evaluation record after ``step`` steps, None without held-out data, and the samples; collective."""
+        return self._held_out(step), self._questions.texts() if self._questions else []
+
+    def _held_out(self, step: int) -> dict[str, Any] | None:
+        training, count = self._training, self._training.valid_sequences
+        if training.valid_stream is None:
+            return None
+        result = held_out_nelbo(training.chunks, training.valid_stream, training.topology, num_sequences=count)
+        if self._unigram is None:
+            counts = training.train_stream.dataset.unigram_counts(training.tokenizer.vocab_size)
+            self._unigram = unigram_cross_entropy(counts, training.valid_stream.dataset.sequences(np.arange(count)))
+        bits_per_byte = 1 / math.log(2) / training.valid_stream.dataset.bytes_per_token
+        return {
+            "step": step,
+            "valid_nelbo": result.nelbo,
+            "valid_nelbo_ci95": result.ci95,
+            "valid_bits_per_byte": result.nelbo * bits_per_byte,
+            "valid_bits_per_byte_ci95": result.ci95 * bits_per_byte,
+            "valid_perplexity_bound": math.exp(min(result.nelbo, 700.0)),  # beyond that the number overflows
+            "valid_unigram": self._unigram,
+            "valid_sequences": result.sequences,
+            **(self._questions.figures() if self._questions else {}),
+        }
