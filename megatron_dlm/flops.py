@@ -33,7 +33,7 @@ def training_flops(
     """
     width = model.num_attention_heads * model.resolved_head_dim
     attention = 4.0 * sequence_length * width * model.num_layers
-    if model.objective == "autoregressive":
+    if model.kind.causal:
         attention /= 2
     body = (2.0 * _non_embedding_parameters(model) + attention) * tokens
     return 3.0 * (body + 2.0 * model.hidden_size * vocab_size * head_rows)

@@ -22,30 +22,22 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 
 from megatron_dlm.config.load import to_dict
 from megatron_dlm.config.tree import Config
 from megatron_dlm.errors import ConfigError, DataError, TrainingError
-from megatron_dlm.files import write_text
+from megatron_dlm.run_folder import DONE, FAILED, INVALID, STOPPED, RunFolder, Status
 
-DONE, FAILED, INVALID, STOPPED = 0, 1, 2, 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 Worker = Callable[[dict[str, Any]], None]
 Check = Callable[[Config, int], None]
 
 
-class Outcome(NamedTuple):
-    """How a run ended."""
-
-    exit_code: int
-    reason: str
-
-
-STOPPED_EARLY = Outcome(STOPPED, "stopped by a signal before training began; there was nothing to save")
+STOPPED_EARLY = Status(STOPPED, "stopped by a signal before training began; there was nothing to save")
 
 
 class Stopped(BaseException):
@@ -157,7 +149,7 @@ def join(fn: Worker, config: Config, check: Check | None = None) -> int:
             if check and local_rank == 0:
                 check(config, int(os.environ["WORLD_SIZE"]))
         except Exception as error:
-            outcome = Outcome(INVALID, str(error))
+            outcome = Status(INVALID, str(error))
             if rank == 0 or not isinstance(error, ConfigError):
                 outcome = _report(error)
         else:
@@ -167,10 +159,10 @@ def join(fn: Worker, config: Config, check: Check | None = None) -> int:
     return outcome.exit_code
 
 
-def _run_joined(fn: Worker, config: Config, rank: int) -> Outcome:
+def _run_joined(fn: Worker, config: Config, rank: int) -> Status:
     try:
         fn(to_dict(config))
-        return Outcome(DONE, "done")
+        return Status(DONE, "done")
     except SystemExit as end:
         return _ended(end)
     except Exception as error:
@@ -184,12 +176,12 @@ def _launch(
     check: Check | None,
     stop: StopHandler,
     directory: contextlib.ExitStack,
-) -> Outcome:
+) -> Status:
     if world_size == 1:
         _begin(config, world_size, check, directory)
         with _environment(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, **_address()):
             fn(to_dict(config))
-        return Outcome(DONE, "done")
+        return Status(DONE, "done")
 
     import torch
 
@@ -214,7 +206,7 @@ def _begin(config: Config, world_size: int, check: Check | None, directory: cont
         raise Refused from error
 
 
-def _start_workers(fn: Worker, config: Config, world_size: int, stop: StopHandler) -> Outcome:
+def _start_workers(fn: Worker, config: Config, world_size: int, stop: StopHandler) -> Status:
     """Start ``world_size`` workers with torchrun's agent, wait for them, and say how they ended."""
     import torch
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -247,8 +239,8 @@ def _start_workers(fn: Worker, config: Config, world_size: int, stop: StopHandle
         except ChildFailedError as error:
             return _failure(error, report, stop)
     if STOPPED in codes.values():
-        return Outcome(STOPPED, "stopped by a signal; a checkpoint is saved")
-    return Outcome(DONE, "done")
+        return Status(STOPPED, "stopped by a signal; a checkpoint is saved")
+    return Status(DONE, "done")
 
 
 def _work(fn: Worker, config: dict[str, Any], report: Path) -> int:
@@ -283,51 +275,51 @@ def _work(fn: Worker, config: dict[str, Any], report: Path) -> int:
     return code
 
 
-def _failure(error: Any, report: Path, stop: StopHandler) -> Outcome:
+def _failure(error: Any, report: Path, stop: StopHandler) -> Status:
     """The outcome of workers of which at least one failed (``error`` is the agent's ``ChildFailedError``)."""
     # A worker that was killed explains what the others say of a lost connection. The agent's own way to end them is
     # SIGTERM.
     killed = [(rank, f) for rank, f in error.failures.items() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
     if report.exists() and not killed:
-        return Outcome(*json.loads(report.read_text(encoding="utf-8")))
+        return Status(*json.loads(report.read_text(encoding="utf-8")))
     rank, failure = killed[0] if killed else error.get_first_failure()
     if stop.received > 1:
-        outcome = Outcome(FAILED, "stopped by a second signal before a checkpoint was saved")
+        outcome = Status(FAILED, "stopped by a second signal before a checkpoint was saved")
     elif stop.received and failure.exitcode in (-signal.SIGTERM, STOPPED):
         return STOPPED_EARLY
     elif failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
-        outcome = Outcome(FAILED, f"the worker of rank {rank} was killed by {name}{hint}")
+        outcome = Status(FAILED, f"the worker of rank {rank} was killed by {name}{hint}")
     else:
-        outcome = Outcome(FAILED, f"the worker of rank {rank} ended with exit code {failure.exitcode}")
+        outcome = Status(FAILED, f"the worker of rank {rank} ended with exit code {failure.exitcode}")
     print(f"megatron-dlm: error: {outcome.reason}", file=sys.stderr, flush=True)
     return outcome
 
 
-def _ended(end: SystemExit) -> Outcome:
+def _ended(end: SystemExit) -> Status:
     """The outcome of a worker function that ended its process."""
     if end.code == STOPPED:
-        return Outcome(STOPPED, "stopped by a signal; a checkpoint is saved")
+        return Status(STOPPED, "stopped by a signal; a checkpoint is saved")
     if end.code in (None, 0):
-        return Outcome(DONE, "done")
-    return Outcome(FAILED, f"the worker ended with exit code {end.code}")
+        return Status(DONE, "done")
+    return Status(FAILED, f"the worker ended with exit code {end.code}")
 
 
-def _report(error: BaseException | None, prefix: str = "") -> Outcome:
+def _report(error: BaseException | None, prefix: str = "") -> Status:
     """Print ``error``, in one line if its message says all that there is to say, else with its traceback."""
     invalid = isinstance(error, ConfigError | DataError)
     if invalid or isinstance(error, TrainingError):
         print(f"megatron-dlm: error: {prefix}{error}", file=sys.stderr, flush=True)
-        return Outcome(INVALID if invalid else FAILED, str(error))
+        return Status(INVALID if invalid else FAILED, str(error))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = error.filename or "a file of the run"
         reason = f"cannot write {where}: {error.strerror}; make room, and the same command continues the run"
         print(f"megatron-dlm: error: {prefix}{reason}", file=sys.stderr, flush=True)
-        return Outcome(FAILED, reason)
+        return Status(FAILED, reason)
     text = "".join(traceback.format_exception(error))
     print(f"{prefix}{text}", file=sys.stderr, end="", flush=True)
-    return Outcome(FAILED, text.rstrip().rpartition("\n")[2])
+    return Status(FAILED, text.rstrip().rpartition("\n")[2])
 
 
 @contextlib.contextmanager
@@ -337,10 +329,11 @@ def directory_in_use(config: Config) -> Iterator[None]:
     An old status.json is removed, because it would be taken for this run's. The lock is also that of forked workers,
     so it lasts as long as any of them. Raises ``ConfigError`` if the directory is in use or cannot be written.
     """
-    directory = Path(config.run.directory)
+    folder = RunFolder(Path(config.run.directory))
+    directory = folder.path
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError(f"cannot write run.directory {str(directory)!r}: {error.strerror}; choose another") from None
     try:
@@ -351,20 +344,20 @@ def directory_in_use(config: Config) -> Iterator[None]:
             raise ConfigError(f"another run is using {where}; wait for its end or choose another") from None
         except OSError:  # a file system without locks
             pass
-        (directory / "status.json").unlink(missing_ok=True)
+        folder.status_file.unlink(missing_ok=True)
         yield
     finally:
         os.close(lock)
 
 
-def _write_status(config: Config, outcome: Outcome) -> None:
-    path = Path(config.run.directory, "status.json")
-    if not path.parent.exists():  # stopped before there was anything to say
+def _write_status(config: Config, outcome: Status) -> None:
+    folder = RunFolder(Path(config.run.directory))
+    if not folder.path.exists():  # stopped before there was anything to say
         return
     try:
-        write_text(path, json.dumps(outcome._asdict()) + "\n")
+        folder.write_status(outcome)
     except OSError as error:
-        print(f"megatron-dlm: cannot write {path}: {error.strerror}", file=sys.stderr)
+        print(f"megatron-dlm: cannot write {folder.status_file}: {error.strerror}", file=sys.stderr)
 
 
 def _address() -> dict[str, str]:

@@ -1,0 +1,158 @@
+"""A run's folder: the name of everything in it, how the run ended, and the one reader of its records."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_dlm.errors import DataError
+from megatron_dlm.files import write_text
+
+DONE, FAILED, INVALID, STOPPED = 0, 1, 2, 75
+"""Exit codes of a run: done, failed, refused before it began, and stopped with everything saved: start it again."""
+
+_TAIL = 2**17  # bytes that hold the last records of a run
+
+
+class Status(NamedTuple):
+    """How a run ended."""
+
+    exit_code: int
+    reason: str
+
+
+class Records(NamedTuple):
+    """What a run has recorded, in the order of its steps."""
+
+    steps: list[dict[str, Any]]
+    """One for each training step."""
+    evaluations: list[dict[str, Any]]
+    """One for each held-out evaluation."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a run. None of them need be there."""
+
+    path: Path
+
+    @classmethod
+    def at(cls, path: str | Path) -> RunFolder:
+        """The folder ``path``, or the one that the file ``path`` is in: a metrics.jsonl, say."""
+        path = Path(path)
+        return cls(path.parent if path.is_file() else path)
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """Records of steps and evaluations, a line each."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """What the model has written at evaluations, a line each."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's events."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def status_file(self) -> Path:
+        """How the run ended; not there while it runs."""
+        return self.path / "status.json"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the run that is writing the folder."""
+        return self.path / ".lock"
+
+    def status(self) -> Status | None:
+        """How the run ended; None while it runs, and where nothing can be read."""
+        try:
+            content = json.loads(self.status_file.read_text(encoding="utf-8"))
+            return Status(int(content["exit_code"]), str(content["reason"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write_status(self, status: Status) -> None:
+        """Record how the run ended. Raises ``OSError``."""
+        write_text(self.status_file, json.dumps(status._asdict()) + "\n")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has ended at its last step."""
+        status = self.status()
+        return status is not None and status.exit_code == DONE
+
+    def records(self) -> Records:
+        """All records. Raises ``DataError`` as ``read_lines``."""
+        found = Records([], [])
+        for record in read_lines(self.metrics):
+            (found.evaluations if is_evaluation(record) else found.steps).append(record)
+        return found
+
+    def last_records(self) -> Records:
+        """The last ones (of a run that may be writing), as far as they can be read; empty where there are none."""
+        found = Records([], [])
+        try:
+            with self.metrics.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+                lines = file.read().splitlines()
+        except OSError:
+            return found
+        for line in lines:  # the first is cut by the seek, the last may be half written
+            if (record := _record(line)) is not None:
+                (found.evaluations if is_evaluation(record) else found.steps).append(record)
+        return found
+
+
+def is_evaluation(record: dict[str, Any]) -> bool:
+    """Whether a record is of a held-out evaluation, not of a training step."""
+    return "valid_nelbo" in record
+
+
+def read_lines(path: Path, *, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
+    """The records of a metrics.jsonl or samples.jsonl: mappings with the ``step`` that they are of.
+
+    A last line that a kill has cut short is left out.
+
+    Args:
+        skip_damaged: leave out all other lines that are no records as well, instead of refusing the file.
+
+    Raises:
+        DataError: the file cannot be read, or has a line that is no record; one line.
+    """
+    remedy = "give a run's directory or its metrics.jsonl"
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if (record := _record(line)) is not None:
+                    yield record
+                elif line.endswith(b"\n") and not skip_damaged:  # only a last line has no end
+                    raise DataError(f"{path}:{number} is no record of a step; {remedy}")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # of JSON, and of UTF-8
+        return None
+    known = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if known else None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dlm.config.kinds import AUTOREGRESSIVE, MASKED_DIFFUSION
 from megatron_dlm.data.tokenizer import ByteTokenizer
 from megatron_dlm.generation.text_model import TextModel
 
@@ -64,4 +65,5 @@ def rigged(logits: Mapping[str, float], *, autoregressive: bool = False, max_len
         assert tokens.shape[1] <= max_length
         return row.expand(len(rows), -1)
 
-    return TextModel(denoise, ByteTokenizer(), autoregressive, max_length, torch.device("cpu"), "rigged")
+    kind = AUTOREGRESSIVE if autoregressive else MASKED_DIFFUSION
+    return TextModel(denoise, ByteTokenizer(), kind, max_length, torch.device("cpu"), "rigged")

@@ -14,6 +14,7 @@ from megatron_dlm.config.load import from_dict, read_yaml
 from megatron_dlm.config.tree import Config
 from megatron_dlm.errors import ConfigError
 from megatron_dlm.files import flush
+from megatron_dlm.run_folder import RunFolder
 
 INFO, CONFIG, TOKENIZER, LATEST = "checkpoint.json", "config.yaml", "tokenizer", "latest"
 SMALL = (INFO, CONFIG, INDEX, COMMON, "metadata.json")
@@ -29,6 +30,12 @@ class StoredCheckpoint(NamedTuple):
     """The resolved configuration of its run."""
     info: dict[str, Any]
     """Step, consumed samples, layout, vocabulary size, versions."""
+
+    @property
+    def run_folder(self) -> RunFolder | None:
+        """The folder of its run; None where it is no longer where the run has put it."""
+        folder = RunFolder(self.directory.parent.parent)
+        return folder if folder.checkpoints == self.directory.parent else None
 
     @property
     def tokenizer(self) -> str:
@@ -71,7 +78,7 @@ def is_checkpoint(path: str | Path) -> bool:
 def _directory(path: Path) -> Path:
     if (path / INFO).is_file():
         return path
-    for root in (path, path / "checkpoints"):
+    for root in (path, RunFolder(path).checkpoints):
         if (directory := latest(root)) is not None:
             if (directory / INFO).is_file():
                 return directory
@@ -82,7 +89,7 @@ def _directory(path: Path) -> Path:
 
 def checkpoint_root(config: Config) -> Path:
     """Where the checkpoints of a run are."""
-    return Path(config.run.directory) / "checkpoints"
+    return RunFolder(Path(config.run.directory)).checkpoints
 
 
 def exists(config: Config) -> bool:

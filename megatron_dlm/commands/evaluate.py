@@ -128,7 +128,7 @@ def _run(
     from megatron_dlm.evaluation.provenance import identify, versions
     from megatron_dlm.evaluation.run_tasks import on_first_rank, open_answers
 
-    if model.autoregressive and args.guidance:
+    if model.kind.causal and args.guidance:
         raise ConfigError("an autoregressive model has no guidance; leave out --guidance")
     first = os.environ.get("RANK", "0") == "0"
     identity = identify(path, model)

@@ -133,7 +133,7 @@ def _options(args: argparse.Namespace) -> SamplerOptions:
 
 def _in_blocks(model: TextModel, options: SamplerOptions, max_new_tokens: int) -> SamplerOptions:
     """Text behind a prompt grows from left to right, so that its end is found before all of it is written."""
-    if model.autoregressive or options.block_length is not None:
+    if model.kind.causal or options.block_length is not None:
         return options
     return replace(options, block_length=min(_BLOCK_LENGTH, max_new_tokens))
 

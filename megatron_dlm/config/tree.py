@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_dlm.config.kinds import KINDS, Kind
+
 
 @dataclass
 class RunConfig:
@@ -57,6 +59,16 @@ class ModelConfig:
     """The vocabulary is padded to a multiple of this, whatever the layout."""
     transformer_config: dict[str, Any] = field(default_factory=dict)
     """Further fields of megatron-core's TransformerConfig, passed through; keys that this tree has are errors."""
+
+    @property
+    def kind(self) -> Kind:
+        """What the objective is."""
+        return KINDS[self.objective]
+
+    @property
+    def architecture(self) -> str:
+        """Class of an export in transformers."""
+        return self.kind.architectures[self.qk_norm]
 
     @property
     def resolved_head_dim(self) -> int:
@@ -284,4 +296,4 @@ class Config:
     @property
     def rows_per_sequence(self) -> int:
         """Rows of the global batch that hold the same training sequence: 2 with complementary masks."""
-        return 2 if self.diffusion.complementary and self.model.objective == "masked_diffusion" else 1
+        return 2 if self.diffusion.complementary and self.model.kind.complements else 1

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from megatron_dlm.config.kinds import KINDS
 from megatron_dlm.errors import ConfigError
 
 _NORMAL_95 = 1.96
@@ -45,8 +46,8 @@ class Arm:
     @property
     def variant(self) -> str:
         """``DLM``, ``AR``, ``AR mask0.3``, ``AR drop0.1``: its curve in a figure."""
-        if self.objective == "masked_diffusion":
-            return "DLM"
+        if not KINDS[self.objective].causal:
+            return KINDS[self.objective].label
         mask = f" mask{self.input_mask_ratio:g}" if self.input_mask_ratio else ""
         return f"AR{mask}" + (f" drop{self.dropout:g}" if self.dropout else "")
 

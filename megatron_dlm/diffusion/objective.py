@@ -19,6 +19,7 @@ from dlm_kernels.implementation import Implementation, mask_tokens
 from dlm_kernels.philox import Purpose, Stream, random_bits, random_words, token_counter
 from dlm_kernels.types import NoiseDraw
 from megatron_dlm.config.check import check_diffusion
+from megatron_dlm.config.kinds import AUTOREGRESSIVE
 from megatron_dlm.config.tree import AutoregressiveConfig, Config, DiffusionConfig
 from megatron_dlm.diffusion.schedule import levels_and_weights, pair_levels_and_weights
 from megatron_dlm.diffusion.weighting import cart_weights
@@ -314,9 +315,9 @@ def build_objective(config: Config, *, mask_token_id: int, end_of_document_id: i
         "end_of_document_id": end_of_document_id,
         "sequence_length": config.data.sequence_length,
     }
-    if config.model.objective == "masked_diffusion":
-        return MaskedDiffusion(config.diffusion, **common, implementation=config.kernels.implementation)
-    return Autoregressive(config.autoregressive, **common)
+    if config.model.kind is AUTOREGRESSIVE:
+        return Autoregressive(config.autoregressive, **common)
+    return MaskedDiffusion(config.diffusion, **common, implementation=config.kernels.implementation)
 
 
 def _cart(rows: Tensor, batch: int, seq: int, eligible: Tensor | None) -> Tensor:

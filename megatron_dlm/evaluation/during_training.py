@@ -26,7 +26,7 @@ def model_in_training(training: Training) -> TextModel:
     return TextModel(
         denoise=Denoiser(training.chunks, topology),
         tokenizer=training.tokenizer,
-        autoregressive=config.model.objective == "autoregressive",
+        kind=config.model.kind,
         max_length=config.data.sequence_length,
         device=topology.device,
         name=config.run.directory,
@@ -98,7 +98,7 @@ class DuringTraining:
         if not prompts:
             return []
         model = model_in_training(self._training)
-        options = SamplerOptions() if model.autoregressive else SamplerOptions(block_length=min(_BLOCK_LENGTH, new))
+        options = SamplerOptions() if model.kind.causal else SamplerOptions(block_length=min(_BLOCK_LENGTH, new))
         samples = model.generate([tokenizer.encode(prompt) for prompt in prompts], options, max_new_tokens=new)
         texts = [tokenizer.decode(row) for row in samples.continuations]
         return [Sample(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]

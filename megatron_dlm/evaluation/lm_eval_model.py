@@ -144,7 +144,7 @@ class MegatronDLM(LM):
         with _bar("generating", len(requests), disable_tqdm) as bar:
             for (new, temperature, top_p), indices in together.items():
                 options = SamplerOptions(temperature=temperature, top_p=top_p, seed=self.options.seed % 2**32)
-                if not model.autoregressive:
+                if not model.kind.causal:
                     options = replace(options, block_length=min(_BLOCK_LENGTH, new), guidance=self.options.guidance)
                 prompts = {index: model.tokenizer.encode(requests[index].args[0]) for index in indices}
                 room = model.max_length - new

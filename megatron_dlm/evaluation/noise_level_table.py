@@ -188,7 +188,7 @@ def noise_level_table(
 
 def check_model(model: TextModel) -> None:
     """Raises ConfigError, in one line, for a model that has no noise levels."""
-    if model.autoregressive:
+    if model.kind.causal:
         raise ConfigError(f"{model.name} is autoregressive and has no noise levels; give a masked diffusion model")
 
 

@@ -50,7 +50,7 @@ def identify(path: str, model: TextModel) -> dict[str, Any]:
     gpu = model.device.type == "cuda"
     return {
         **where,
-        "objective": "autoregressive" if model.autoregressive else "masked_diffusion",
+        "objective": model.kind.name,
         "max_length": model.max_length,
         "layout": "one process" if model.topology is None else str(model.topology),
         "device": torch.cuda.get_device_name(model.device) if gpu else "CPU",

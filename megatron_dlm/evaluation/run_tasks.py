@@ -156,7 +156,7 @@ def evaluate_task(
         "resumed": len(known),
         "num_fewshot": task.num_fewshot,
         "files": task.files,
-        "options": None if model.autoregressive else options_of(likelihood),
+        "options": None if model.kind.causal else options_of(likelihood),
         "seconds": round(time.perf_counter() - started, 3),
     }
     if subjects := by_subject(task.questions, found):

@@ -122,7 +122,7 @@ def _loglikelihoods(
     greedy: bool,
     on_progress: Callable[[int, int], None],
 ) -> list[LogLikelihood]:
-    if model.autoregressive:
+    if model.kind.causal:
         return exact_loglikelihoods(
             model.own_tokens(),
             requests,
@@ -147,7 +147,7 @@ def _cost(model: TextModel, request: Request, options: LikelihoodOptions, greedy
     """Tokens that go through the model, about."""
     size = len(request.target)
     forwards = 1
-    if not model.autoregressive:
+    if not model.kind.causal:
         few = 2 ** min(size, 31) - 1 if options.enumerate_short or size == 1 else options.samples
         forwards = size if options.estimator == "left_to_right" else min(few, options.samples)
         forwards = (forwards + (size if greedy else 0)) * (2 if options.guidance else 1)

@@ -119,7 +119,7 @@ def text_nelbo(
     scored: list[LogLikelihood] = []
 
     def score(requests: list[Request]) -> list[LogLikelihood]:
-        if model.autoregressive:
+        if model.kind.causal:
             scored[:] = exact_loglikelihoods(
                 denoise, requests, tokens_per_batch=tokens_per_batch, device=model.device, on_progress=on_progress
             )
@@ -138,7 +138,7 @@ def text_nelbo(
         (total,) = rolling(score, [windows.tokens], max_length=windows.length)
     except ValueError as error:
         raise ConfigError(f"{source}: {error}") from None
-    return _summarize(windows, scored, total, samples=0 if model.autoregressive else samples)
+    return _summarize(windows, scored, total, samples=0 if model.kind.causal else samples)
 
 
 def read_windows(source: str, tokenizer: Tokenizer, length: int, *, limit_tokens: int | None = None) -> TextWindows:

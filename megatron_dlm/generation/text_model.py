@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from megatron_dlm.checkpoint.stored import is_checkpoint, open_checkpoint
+from megatron_dlm.config.kinds import AUTOREGRESSIVE, MASKED_DIFFUSION, Kind
 from megatron_dlm.config.tree import ParallelConfig
 from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dlm.errors import ConfigError
@@ -28,7 +29,7 @@ class TextModel(NamedTuple):
     denoise: Denoise
     """Logits of the tokens at the positions; of an autoregressive model, of those that follow (see ``own_tokens``)."""
     tokenizer: Tokenizer
-    autoregressive: bool
+    kind: Kind
     max_length: int
     """Tokens of a sequence in training."""
     device: torch.device
@@ -45,7 +46,7 @@ class TextModel(NamedTuple):
 
     def own_tokens(self) -> Denoise:
         """Logits of tokens at their own positions, whatever the kind of the model."""
-        if not self.autoregressive:
+        if not self.kind.causal:
             return self.denoise
         first = self.first_token_id
         return next_token(self.denoise, self.tokenizer.end_of_document_id if first is None else first)
@@ -68,7 +69,7 @@ class TextModel(NamedTuple):
         """
         forbidden = (*self.forbidden_token_ids, *forbidden_token_ids)
         common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "on_step": on_step}
-        if self.autoregressive:
+        if self.kind.causal:
             _require_left_to_right(prompts, options, self.tokenizer.mask_token_id)
             if self.generate_cached is not None:
                 return self.generate_cached(prompts, options, forbidden_token_ids=forbidden, **common)
@@ -121,7 +122,7 @@ def open_text_model(path: str, layout: ParallelConfig | None = None) -> TextMode
         return TextModel(
             denoise=denoiser,
             tokenizer=load_tokenizer(stored.tokenizer),
-            autoregressive=stored.config.model.objective == "autoregressive",
+            kind=stored.config.model.kind,
             max_length=stored.config.data.sequence_length,
             device=denoiser.topology.device,
             name=f"{stored.directory} at {denoiser.topology}",
@@ -149,7 +150,7 @@ def _open_hugging_face(path: str) -> TextModel:
     return TextModel(
         denoise=causal_denoise(model) if autoregressive else model.denoise,
         tokenizer=tokenizer,
-        autoregressive=autoregressive,
+        kind=AUTOREGRESSIVE if autoregressive else MASKED_DIFFUSION,
         max_length=model.config.max_position_embeddings,
         device=model.device,
         name=f"{path} on {model.device}",

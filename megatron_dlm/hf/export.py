@@ -32,7 +32,6 @@ DTypeName = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_SHARD_SIZE = 5_000_000_000
 """Bytes; what the Hugging Face hub recommends."""
-DIFFUSION_CLASS = "DLMForMaskedDiffusion"
 
 _SHIPPED = ("configuration_dlm.py", "modeling_dlm.py", "sampler.py")
 _WRITTEN = re.compile(
@@ -140,7 +139,7 @@ def _plan(checkpoint: Path, dtype: DTypeName | None, max_shard_size: int) -> _Pl
     _require_same_tensors(stored.directory, reader, wholes)
     dtype = dtype or stored.config.train.precision
     shards = _assign_shards(wholes, DTYPES[dtype].itemsize, max_shard_size)
-    return _Plan(stored, tokenizer, reader, wholes, dtype, _architecture(stored.config.model), shards)
+    return _Plan(stored, tokenizer, reader, wholes, dtype, stored.config.model.architecture, shards)
 
 
 def _require_representable(stored: StoredCheckpoint) -> None:
@@ -246,7 +245,7 @@ def _write_small_files(plan: _Plan, folder: Path) -> None:
     from megatron_dlm.hf.tokenizer import save_pretrained_tokenizer
 
     config = plan.stored.config
-    diffusion = config.model.objective == "masked_diffusion"
+    diffusion = not config.model.kind.causal
     length = config.data.sequence_length
     save_pretrained_tokenizer(plan.tokenizer, folder, add_bos=not diffusion, max_length=length)
     if diffusion:
@@ -261,7 +260,7 @@ def _write_small_files(plan: _Plan, folder: Path) -> None:
 def model_config(config: Config, tokenizer: Tokenizer, dtype: DTypeName) -> dict[str, Any]:
     """The content of config.json, with the names of old and of new readers."""
     model, end = config.model, tokenizer.end_of_document_id
-    architecture = _architecture(model)
+    architecture = model.architecture
     dtype_name = str(DTYPES[dtype]).removeprefix("torch.")
     result: dict[str, Any] = {
         "architectures": [architecture],
@@ -290,9 +289,9 @@ def model_config(config: Config, tokenizer: Tokenizer, dtype: DTypeName) -> dict
         # The oldest that reads all of it; without one, transformers suspects the tokenizer of an old fault.
         "transformers_version": "5.0.0",
     }
-    if architecture == DIFFUSION_CLASS:
+    if not model.kind.causal:
         automatic = dict.fromkeys(
-            ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"), f"modeling_dlm.{DIFFUSION_CLASS}"
+            ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"), f"modeling_dlm.{architecture}"
         )
         result |= {
             "auto_map": {"AutoConfig": "configuration_dlm.DLMConfig", **automatic},
@@ -313,16 +312,10 @@ def generation_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
     """The content of generation_config.json. The sampler's own defaults are left out, except for the best known."""
     end = tokenizer.end_of_document_id
     ends = {"eos_token_id": end, "pad_token_id": end}
-    if _architecture(model) == DIFFUSION_CLASS:
+    if not model.kind.causal:
         mask = {"mask_token_id": tokenizer.mask_token_id}
         return {**ends, **mask, "max_new_tokens": 128, "remasking": "low_confidence"}
     return {"bos_token_id": end, **ends, "do_sample": False, "suppress_tokens": [tokenizer.mask_token_id]}
-
-
-def _architecture(model: ModelConfig) -> str:
-    if model.objective == "masked_diffusion":
-        return DIFFUSION_CLASS
-    return "Qwen3ForCausalLM" if model.qk_norm else "LlamaForCausalLM"
 
 
 def _numel(shape: Sequence[int]) -> int:

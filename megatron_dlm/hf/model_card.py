@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +9,7 @@ import torch
 from megatron_dlm import __version__
 from megatron_dlm.checkpoint.stored import StoredCheckpoint
 from megatron_dlm.config.load import dump_yaml
+from megatron_dlm.run_folder import is_evaluation, read_lines
 
 _DLM_USE = """```python
 import torch
@@ -61,8 +59,7 @@ def model_card(stored: StoredCheckpoint, *, architecture: str, parameters: int, 
         dtype: of its weights, "fp32" or "bf16".
     """
     config, info = stored.config, stored.info
-    diffusion = config.model.objective == "masked_diffusion"
-    kind = "masked diffusion" if diffusion else "autoregressive"
+    diffusion, kind = not config.model.kind.causal, config.model.kind.words
     tags = ["megatron-dlm", kind.replace(" ", "-"), *(["custom_code"] if diffusion else [])]
     what = (
         "It sees a text with masks and predicts all masked tokens at once, from both sides; text is written by filling "
@@ -119,11 +116,11 @@ def _training(stored: StoredCheckpoint) -> dict[str, str]:
     step, samples = info.get("step"), info.get("consumed_samples")
     if step is None or samples is None:
         return {"training": "not recorded"}
-    at_step, evaluation = _records(stored.directory, step)
+    at_step, evaluation = _records(stored, step)
     tokens = f"{samples * config.data.sequence_length:,}"
     if {"unique_tokens", "epoch"} <= at_step.keys():
         tokens += f", {at_step['unique_tokens']:,} of them unique ({at_step['epoch']:.2f} epochs)"
-    name = "NELBO" if config.model.objective == "masked_diffusion" else "NLL"
+    name = config.model.kind.likelihood
     return {"training steps": f"{step:,}", "training tokens": tokens, f"held-out {name}": _likelihood(evaluation)}
 
 
@@ -138,34 +135,20 @@ def _likelihood(record: dict[str, Any]) -> str:
     return f"{', '.join(figures)} (95 % intervals; step {record['step']:,})" if figures else "not recorded"
 
 
-def _records(directory: Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _records(stored: StoredCheckpoint, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of the run: the record of this step, and the newest evaluation up to it; empty where there is none."""
     at_step: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
-    if directory.parent.name != "checkpoints":  # no longer where the run has put it
+    folder = stored.run_folder
+    if folder is None or not folder.metrics.is_file():
         return at_step, evaluation
-    for record in _lines(directory.parent.parent / "metrics.jsonl"):
-        if "valid_nelbo" in record:
+    for record in read_lines(folder.metrics, skip_damaged=True):
+        if is_evaluation(record):
             if evaluation.get("step", -1) <= record["step"] <= step:
                 evaluation = record
         elif record["step"] == step:
             at_step = record
     return at_step, evaluation
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics file; a line that a kill cut short is left out, and no file is none."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(record, dict) and isinstance(record.get("step"), int):
-                    yield record
-    except OSError:
-        return
 
 
 def _versions(info: dict[str, Any]) -> dict[str, str]:

@@ -208,7 +208,7 @@ def build_model(
                 vocab_size=vocab_size,
                 padded_vocab_size=model.padded_vocab_size(vocab_size),
                 rope_theta=model.rope_theta,
-                causal=model.objective == "autoregressive",
+                causal=model.kind.causal,
                 tie_embeddings=model.tie_embeddings,
                 kernels=config.kernels,
                 pre_process=topology.is_first_stage and stage == 0,

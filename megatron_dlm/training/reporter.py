@@ -13,13 +13,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_dlm.config.tree import Config, ModelConfig
+from megatron_dlm.config.tree import Config
+from megatron_dlm.files import written_beside
 from megatron_dlm.formatting import format_count, format_duration, shown
-
-
-def likelihood_name(model: ModelConfig) -> str:
-    """What a held-out figure is: a bound for masked diffusion, exact for the autoregressive objective."""
-    return "NLL" if model.objective == "autoregressive" else "NELBO"
+from megatron_dlm.run_folder import RunFolder, is_evaluation, read_lines
 
 
 def format_line(record: dict[str, Any], *, steps: int) -> str:
@@ -62,22 +59,21 @@ class Reporter:
         """``training_flops`` on record after ``first_step`` steps; None where that is not known."""
         if not active:
             return
-        directory = Path(config.run.directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
+        folder = RunFolder(Path(config.run.directory))
+        folder.path.mkdir(parents=True, exist_ok=True)
         self._evaluated: set[int] = set()
-        for record in _drop_after(path, first_step):
-            if "valid_nelbo" in record:
+        for record in _drop_after(folder.metrics, first_step):
+            if is_evaluation(record):
                 self._evaluated.add(record["step"])
             elif record["step"] == first_step:
                 self.flops_before = record.get("training_flops")
-        self._samples = directory / "samples.jsonl"
+        self._samples = folder.samples
         self._sampled = {record["step"] for record in _drop_after(self._samples, first_step)}
         self._recent: list[dict[str, Any]] = []
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._board = _tensorboard(directory / "tensorboard", first_step)
-        self._likelihood = likelihood_name(config.model)
-        self._at_most = "<= " if self._likelihood == "NELBO" else ""
+        self._file = folder.metrics.open("a", encoding="utf-8", buffering=1)
+        self._board = _tensorboard(folder.tensorboard, first_step)
+        kind = config.model.kind
+        self._likelihood, self._at_most = kind.likelihood, "<= " if kind.is_bound else ""
         self._bar: tqdm | None = None  # begins with the first step, below the banner
 
     def step(self, record: dict[str, Any], *, show: bool) -> None:
@@ -192,15 +188,8 @@ def _drop_after(path: Path, first_step: int) -> Iterator[dict[str, Any]]:
     """
     if not path.exists():
         return
-    temporary = path.with_suffix(".partial")
-    with path.open(encoding="utf-8", errors="replace") as file, temporary.open("w", encoding="utf-8") as kept:
-        for line in file:
-            try:
-                record = json.loads(line)
-                keep = record["step"] <= first_step
-            except (ValueError, KeyError, TypeError):  # a line that a kill cut short
-                continue
-            if keep:
-                kept.write(line.rstrip("\n") + "\n")
+    with written_beside(path) as partial, partial.open("w", encoding="utf-8") as kept:
+        for record in read_lines(path, skip_damaged=True):
+            if record["step"] <= first_step:
+                kept.write(json.dumps(record) + "\n")
                 yield record
-    temporary.replace(path)

@@ -17,7 +17,8 @@ from megatron_dlm.files import write_text
 from megatron_dlm.flops import parameter_count, training_flops
 from megatron_dlm.formatting import format_count, format_duration
 from megatron_dlm.model.layer_spec import uses_transformer_engine
-from megatron_dlm.training.reporter import Reporter, likelihood_name
+from megatron_dlm.run_folder import RunFolder
+from megatron_dlm.training.reporter import Reporter
 from megatron_dlm.training.state import Progress, Training
 from megatron_dlm.training.step import StepReport
 from megatron_dlm.training.throughput import Throughput
@@ -34,7 +35,7 @@ class RunLog:
         self._evaluation: dict[str, Any] | None = None
         self._reporter = Reporter(config, active=active, steps=training.steps, first_step=first_step)
         if active:
-            write_text(Path(config.run.directory, "config.yaml"), dump_yaml(config))
+            write_text(RunFolder(Path(config.run.directory)).config, dump_yaml(config))
         for line in banner(training, resumed):
             self._reporter.say(line)
         self._throughput = Throughput(
@@ -107,7 +108,7 @@ class RunLog:
             say(f"{how} at step {done}/{training.steps} after {took} | skipped {progress.skipped}")
         if self._evaluation:
             nelbo, unigram = self._evaluation["valid_nelbo"], self._evaluation["valid_unigram"]
-            name = likelihood_name(training.config.model)
+            name = training.config.model.kind.likelihood
             side = "below" if nelbo < unigram else "above"
             at = "" if self._evaluation["step"] == done else f" (at step {self._evaluation['step']})"
             say(
@@ -126,8 +127,9 @@ def banner(training: Training, resumed: Path | None) -> list[str]:
     dataset, seq, batch = stream.dataset, config.data.sequence_length, config.train.global_batch_size
     vocab = training.tokenizer.vocab_size
     padded = config.model.padded_vocab_size(vocab)
-    scored = 0.5 if config.model.objective == "masked_diffusion" else 1.0
-    flops = training_flops(config.model, tokens=1, head_rows=scored, sequence_length=seq, vocab_size=vocab)
+    flops = training_flops(
+        config.model, tokens=1, head_rows=config.model.kind.scored_share, sequence_length=seq, vocab_size=vocab
+    )
     gpu = topology.device.type == "cuda"
     device = torch.cuda.get_device_name() if gpu else "CPU"
     backend = "NCCL" if gpu else "gloo, megatron-core on the CPU backend"

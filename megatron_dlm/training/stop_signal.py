@@ -6,9 +6,6 @@ import os
 import signal
 from types import FrameType
 
-EXIT_REQUEUE = 75
-"""Exit code after a stop signal: the state is saved and the run can be continued."""
-
 
 class StopSignal:
     """Notes SIGTERM and SIGINT instead of dying; a second one exits at once.

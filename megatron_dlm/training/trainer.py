@@ -14,6 +14,7 @@ from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dlm.errors import ConfigError
 from megatron_dlm.parallel import topology as parallel
 from megatron_dlm.parallel.megatron_config import check_pass_through
+from megatron_dlm.run_folder import STOPPED
 from megatron_dlm.training import saving as checkpoint
 from megatron_dlm.training.dry_batch import dry_batch
 from megatron_dlm.training.evaluator import Ask, Evaluator
@@ -22,7 +23,7 @@ from megatron_dlm.training.run_log import RunLog
 from megatron_dlm.training.setup import build, open_data, total_steps
 from megatron_dlm.training.state import Progress, Training
 from megatron_dlm.training.step import train_step
-from megatron_dlm.training.stop_signal import EXIT_REQUEUE, StopSignal
+from megatron_dlm.training.stop_signal import StopSignal
 
 
 def preflight(config: Config, *, world_size: int | None = None) -> Tokenizer:
@@ -59,7 +60,7 @@ def run_worker(config_dict: dict[str, Any], ask: Ask | None = None) -> None:
     finished = train(build(config, topology), ask)
     parallel.shutdown()
     if not finished:
-        raise SystemExit(EXIT_REQUEUE)
+        raise SystemExit(STOPPED)
 
 
 def train(training: Training, ask: Ask | None = None) -> bool:

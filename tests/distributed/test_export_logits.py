@@ -68,7 +68,7 @@ def train_and_save(cases: list[Config]) -> list[tuple[torch.Tensor, list[list[in
         save(training, Progress(step=3, skipped=0))
         denoiser = Denoiser(training.chunks, topology)
         autoregressive = config.model.objective == "autoregressive"
-        model = TextModel(denoiser, training.tokenizer, autoregressive, 32, topology.device, "")
+        model = TextModel(denoiser, training.tokenizer, config.model.kind, 32, topology.device, "")
         options = SamplerOptions() if autoregressive else SamplerOptions(steps=4, block_length=4)
         texts = model.generate(PROMPTS, options, max_new_tokens=8).tokens
         results.append((denoiser(TOKENS), texts))

@@ -158,6 +158,5 @@ def test_print_config_shows_the_result(capsys):
 
 
 def test_every_command_has_a_module():
-    assert set(cli.COMMANDS) == {
-        path.stem.rstrip("_").replace("_", "-") for path in Path(doctor.__file__).parent.glob("[a-z]*.py")
-    }
+    modules = {path.stem.rstrip("_").replace("_", "-") for path in Path(doctor.__file__).parent.glob("[a-z]*.py")}
+    assert set(cli.COMMANDS) == modules - {"common"} | {"crossover"}

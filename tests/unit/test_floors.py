@@ -31,8 +31,8 @@ EVERYTHING = [
 GROUND = [
     ["dlm_kernels", "shipped", "megatron_dlm"],  # shipped: what exports carry; megatron_dlm: the version
     ["errors"],
-    ["files", "packages", "formatting", "run_folder"],
-    ["output_folder", "config"],
+    ["files", "packages", "formatting"],
+    ["run_folder", "output_folder", "config"],
 ]
 RUN = [
     ["flops", "launch", "diffusion", "data", "parallel"],

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_dlm.cli import main
+from megatron_dlm.config.kinds import MASKED_DIFFUSION
 from megatron_dlm.config.tree import Config
 from megatron_dlm.data.tokenizer import ByteTokenizer
 from megatron_dlm.errors import ConfigError
@@ -76,7 +77,7 @@ def test_the_cache_and_recomputing_write_the_same(models: dict[str, Path]) -> No
 
 
 def test_holes() -> None:
-    model = TextModel(None, ByteTokenizer(), False, 32, torch.device("cpu"), "")  # type: ignore[arg-type]
+    model = TextModel(None, ByteTokenizer(), MASKED_DIFFUSION, 32, torch.device("cpu"), "")  # type: ignore[arg-type]
     mask = model.tokenizer.mask_token_id
     assert model.encode_holes("a____b_______", 2) == [97, mask, mask, 98, mask, mask]
     assert model.encode_holes("____", 3) == [mask] * 3 and model.encode_holes("___ ____", 1) == [*b"___ ", mask]

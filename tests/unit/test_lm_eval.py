@@ -18,6 +18,7 @@ from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from megatron_dlm.cli import main  # noqa: E402
+from megatron_dlm.config.kinds import AUTOREGRESSIVE, MASKED_DIFFUSION
 from megatron_dlm.data.tokenizer import ByteTokenizer  # noqa: E402
 from megatron_dlm.errors import (
     ConfigError,  # noqa: E402
@@ -73,7 +74,8 @@ class Visible:
 
 
 def visible(autoregressive: bool = False) -> TextModel:
-    return TextModel(Visible(), BYTES, autoregressive, 64, torch.device("cpu"), "visible")
+    kind = AUTOREGRESSIVE if autoregressive else MASKED_DIFFUSION
+    return TextModel(Visible(), BYTES, kind, 64, torch.device("cpu"), "visible")
 
 
 @pytest.fixture

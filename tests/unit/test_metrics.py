@@ -17,7 +17,7 @@ from megatron_dlm.config.tree import ModelConfig
 from megatron_dlm.flops import parameter_count, training_flops
 from megatron_dlm.formatting import format_count, format_duration
 from megatron_dlm.parallel.topology import initialize
-from megatron_dlm.training import reporter as metrics
+from megatron_dlm.training import throughput
 from megatron_dlm.training.held_out import summarize, unigram_cross_entropy
 from megatron_dlm.training.reporter import Reporter, averaged
 from megatron_dlm.training.setup import build
@@ -79,8 +79,8 @@ def test_flops_are_those_that_torch_counts(objective: str, tiny_data: Path) -> N
 
 def test_rates_and_flops_of_a_run_and_of_its_continuation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(metrics, "peak_tflops", lambda: 1e-3)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(throughput, "peak_tflops", lambda: 1e-3)
     config = tiny_config(tmp_path)
     tokens = 16 * 32
     step_flops = training_flops(config.model, tokens=tokens, head_rows=200, sequence_length=32, vocab_size=300)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_dlm.config.kinds import AUTOREGRESSIVE, MASKED_DIFFUSION
 from megatron_dlm.data.tokenizer import ByteTokenizer
 from megatron_dlm.errors import DataError
 from megatron_dlm.evaluation import scoring
@@ -170,7 +171,8 @@ class Visible:
 
 
 def visible(autoregressive: bool = False) -> TextModel:
-    return TextModel(Visible(), BYTES, autoregressive, 64, torch.device("cpu"), "visible")
+    kind = AUTOREGRESSIVE if autoregressive else MASKED_DIFFUSION
+    return TextModel(Visible(), BYTES, kind, 64, torch.device("cpu"), "visible")
 
 
 QUESTIONS = [Question("c" * (i % 7), ("first of all", "second or third"), 0, "") for i in range(20)]
@@ -242,7 +244,7 @@ def test_what_an_autoregressive_model_reads_first() -> None:
         read.append(int(tokens[0, 0]))
         return torch.zeros(len(rows), 258)
 
-    model = TextModel(denoise, BYTES, True, 64, torch.device("cpu"), "")
+    model = TextModel(denoise, BYTES, AUTOREGRESSIVE, 64, torch.device("cpu"), "")
     for each in (model, model._replace(first_token_id=7)):
         score(each, [Request([1], [2], 0)], LikelihoodOptions())
         each.generate([[1]], SamplerOptions(), max_new_tokens=1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_dlm import cli
 from megatron_dlm.commands.noise_levels import format_tables
+from megatron_dlm.config.kinds import AUTOREGRESSIVE
 from megatron_dlm.data.tokenizer import ByteTokenizer
 from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.evaluation.noise_level_table import NoiseLevelTable, compare, noise_level_table
@@ -224,7 +225,7 @@ def test_bad_arguments_are_refused_in_one_line(text: str) -> None:
             noise_level_table(model, text, **arguments)
         assert said in str(refused.value) and "\n" not in str(refused.value)
     with pytest.raises(ConfigError, match="bytes 0 is autoregressive and has no noise levels; give a masked"):
-        noise_level_table(model._replace(autoregressive=True), text)
+        noise_level_table(model._replace(kind=AUTOREGRESSIVE), text)
     denoise.head *= math.nan
     with pytest.raises(ConfigError, match="gives NaN"):
         noise_level_table(model, text)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_dlm.config.kinds import KINDS, MASKED_DIFFUSION
 from megatron_dlm.data.tokenizer import ByteTokenizer, Tokenizer
 from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.evaluation.text_nelbo import TextNelbo, read_windows, text_nelbo
@@ -76,7 +77,7 @@ class Tiny:
 
 
 def tiny_model(denoise: Any = None, **fields: Any) -> TextModel:
-    known: dict[str, Any] = {"tokenizer": Letters(), "autoregressive": False, "max_length": SEQ, "name": "tiny"}
+    known: dict[str, Any] = {"tokenizer": Letters(), "kind": MASKED_DIFFUSION, "max_length": SEQ, "name": "tiny"}
     return TextModel(denoise=denoise or Tiny(), device=torch.device("cpu"), **(known | fields))
 
 
@@ -179,9 +180,8 @@ def trained(tiny_data: Path) -> Any:
         assert training.valid_stream is not None
         count = training.valid_stream.dataset.samples_per_epoch
         theirs = held_out_nelbo(training.chunks, training.valid_stream, topology, num_sequences=count)
-        autoregressive = objective == "autoregressive"
         model = TextModel(
-            Denoiser(training.chunks, topology), ByteTokenizer(), autoregressive, 32, topology.device, "run"
+            Denoiser(training.chunks, topology), ByteTokenizer(), KINDS[objective], 32, topology.device, "run"
         )
         return model, theirs
 
