@@ -32,6 +32,8 @@ from megatron_dlm.config.tree import Config, DiffusionConfig, ParallelConfig
 from megatron_dlm.diffusion.objective import build_objective
 from megatron_dlm.diffusion.schedule import levels_and_weights, pair_levels_and_weights
 from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.training.progress import Progress
+from megatron_dlm.training.sums import Sums
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
@@ -137,14 +139,14 @@ def noise_of_checkpoint(training: Any, options: dict, draws: int) -> tuple[np.nd
             end_of_document_id=training.tokenizer.end_of_document_id,
         )
         stream = BatchStream(config, training.train_stream.dataset, objective, training.topology)
-        reports = accumulate_gradients(
+        micro_batches = accumulate_gradients(
             training,
-            lambda reads_tokens, stream=stream: stream.training(0, reads_tokens=reads_tokens),
+            lambda reads_tokens, stream=stream: stream.training(Progress(), reads_tokens=reads_tokens),
             step=0,
             num_microbatches=stream.num_microbatches,
         )
-        total, divisor = sum(reports)[:2].tolist()
-        losses[i] = total / divisor
+        sums = Sums.total(micro_batches, "cpu")
+        losses[i] = float(sums.loss / sums.divisor)
         gradients[i] = torch.cat([p.main_grad.flatten().float() for p in parameters]).cpu().numpy()
     return losses, gradients
 

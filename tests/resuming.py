@@ -11,7 +11,7 @@ from megatron_dlm.config.tree import Config
 from megatron_dlm.parallel import topology as parallel
 from megatron_dlm.training import saving as checkpoint
 from megatron_dlm.training.setup import build
-from megatron_dlm.training.state import Progress, Training
+from megatron_dlm.training.state import Training
 from megatron_dlm.training.step import train_step
 
 Figures = list[tuple[float, float]]
@@ -29,13 +29,13 @@ def continue_run(config: Config, first: int, last: int, save_at: int | None) -> 
     """
     training = build(config, parallel.initialize(config.parallel))
     if first:
-        assert checkpoint.load(training, checkpoint.find(training)) == Progress(first, 0)
+        assert checkpoint.load(training, checkpoint.find(training)) == training.progress_at(first)
     figures = []
     for step in range(first, last):
-        report = train_step(training, step=step)
+        report = train_step(training, training.progress_at(step))
         figures.append((report.loss, report.grad_norm))
         if step + 1 == save_at:
-            checkpoint.save(training, Progress(step + 1, 0))
+            checkpoint.save(training, training.progress_at(step + 1))
     return figures, digest(training)
 
 

@@ -78,10 +78,11 @@ def trace(config: Config, steps: int) -> Trace:
         if chunk.module.pre_process
     ]
     for step in range(steps):
-        report = train_step(training, step=step)
+        report = train_step(training, training.progress_at(step))
         result.losses.append(report.loss)
         result.grad_norms.append(report.grad_norm)
-        for micro_batch, tokens in zip(training.train_stream.training(step, reads_tokens=False), fed, strict=bool(fed)):
+        micro_batches = training.train_stream.training(training.progress_at(step), reads_tokens=False)
+        for micro_batch, tokens in zip(micro_batches, fed, strict=bool(fed)):
             for sample, row in zip(micro_batch.sample_ids.tolist(), tokens, strict=True):
                 noised[step, sample] = hashlib.sha256(row.numpy().tobytes()).hexdigest()
         fed.clear()

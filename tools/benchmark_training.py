@@ -34,7 +34,7 @@ def our_step(training: Training) -> Callable[[int], float]:
     """A function that takes training step ``n`` and returns its loss."""
 
     def step(number: int) -> float:
-        return train_step(training, step=number).loss
+        return train_step(training, training.progress_at(number)).loss
 
     return step
 

@@ -63,7 +63,7 @@ class Denoiser:
             lengths = torch.full((size,), seq) if lengths is None else lengths
             tokens = F.pad(tokens, (0, columns - seq))
             rows = None if rows is None else rows // seq * columns + rows % seq
-        logits = self._run(MicroBatch(np.arange(size), tokens, lengths, batch=rows))
+        logits = self._run(MicroBatch(np.arange(size), tokens, lengths, rows=rows))
         return logits if rows is not None else logits[:, :seq]
 
     def _run(self, micro_batch: MicroBatch) -> Tensor:
@@ -81,7 +81,7 @@ class Denoiser:
             micro_batch_size=size,
             forward_only=True,
         )
-        rows = micro_batch.batch
+        rows = micro_batch.rows
         if self.topology.is_last_stage:
             logits = self._gather_columns(outputs[0] if rows is not None else outputs[0].transpose(0, 1))
         else:

@@ -26,8 +26,10 @@ class MicroBatch(NamedTuple):
     """[micro_batch, seq] int64 model inputs (xt); None on the middle stages, which read no tokens."""
     lengths: Tensor | None
     """[micro_batch] int64 on the CPU; None where every row is full."""
-    batch: Batch | Tensor | None
-    """Targets and weights, or the positions whose logits are wanted; None on the middle stages, and for all logits."""
+    batch: Batch | None = None
+    """Targets and weights, where a loss is wanted; None on the middle stages, and for logits."""
+    rows: Tensor | None = None
+    """[n] int64, flat indices into [micro_batch * seq] of the positions whose logits are wanted; None: of all."""
 
 
 def run_pipeline(
@@ -55,7 +57,7 @@ def run_pipeline(
 
     def forward_step(iterator: Iterator[MicroBatch], model: Chunk) -> tuple[Any, Callable[..., Any]]:
         micro_batch = next(iterator)
-        model_output = model(micro_batch.inputs, micro_batch.lengths, micro_batch.batch)
+        model_output = model(micro_batch.inputs, micro_batch.lengths, micro_batch.batch, micro_batch.rows)
         if isinstance(model_output, TokenLosses):  # the schedule wants a tensor; the rest goes to our function
             return model_output.loss_sum, partial(_call, output, micro_batch, model_output)
         return model_output, partial(_call, output, micro_batch)

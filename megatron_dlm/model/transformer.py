@@ -110,15 +110,20 @@ class DiffusionTransformer(LanguageModule):
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def forward(
-        self, tokens: Tensor | None, lengths: Tensor | None = None, batch: Batch | Tensor | None = None
+        self,
+        tokens: Tensor | None,
+        lengths: Tensor | None = None,
+        batch: Batch | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor | TokenLosses:
         """Run this chunk.
 
         Args:
             tokens: [batch, seq] int64, the noised tokens xt; needed on the first stage only.
             lengths: [batch] int64 on the CPU, or None where every row is full; needed on every stage.
-            batch: targets and weights; or [n] int64, flat indices into [batch * seq] of the positions whose logits
-                are wanted; needed on the last stage only.
+            batch: targets and weights, for a loss; needed on the last stage only.
+            rows: [n] int64, flat indices into [batch * seq] of the positions whose logits are wanted where there is no
+                ``batch``; None: of all.
 
         Returns:
             Hidden states [seq/SP, batch, hidden] on all but the last stage. There ``TokenLosses`` of
@@ -132,11 +137,11 @@ class DiffusionTransformer(LanguageModule):
         hidden = self.decoder(hidden, attention_mask=lengths, rotary_pos_emb=self.rotary_pos_emb(length))
         if not self.post_process:
             return hidden
-        if batch is None:
-            return self.output_layer(hidden, weight=self.head_weight())[0]
-        if isinstance(batch, Tensor):
-            return self._logits(hidden, batch, columns=length)
-        return self._loss(hidden, batch)
+        if batch is not None:
+            return self._loss(hidden, batch)
+        if rows is not None:
+            return self._logits(hidden, rows, columns=length)
+        return self.output_layer(hidden, weight=self.head_weight())[0]
 
     def head_weight(self) -> Tensor:
         """The LM head, [padded_vocab/TP, hidden]; the embedding itself where they are tied."""

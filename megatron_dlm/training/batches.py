@@ -14,6 +14,7 @@ from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.diffusion.objective import Autoregressive, MaskedDiffusion
 from megatron_dlm.model.pipeline import MicroBatch
 from megatron_dlm.parallel.topology import Topology
+from megatron_dlm.training.progress import Progress
 
 
 class BatchStream:
@@ -35,13 +36,11 @@ class BatchStream:
         self.global_batch_size = config.train.global_batch_size
         self.num_microbatches = self.global_batch_size // (self.micro_batch_size * topology.data_size)
 
-    def training(self, step: int, *, reads_tokens: bool) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of training step ``step`` (from 0)."""
-        first = step * self.global_batch_size
+    def training(self, progress: Progress, *, reads_tokens: bool) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of the step behind ``progress``."""
         for index in range(self.num_microbatches):
-            yield self._micro_batch(
-                first + self._positions(index), reads_tokens, step, self.global_batch_size, Purpose.TRAIN
-            )
+            sample_ids = progress.consumed_samples + self._positions(index)
+            yield self._micro_batch(sample_ids, reads_tokens, progress.step, self.global_batch_size, Purpose.TRAIN)
 
     def validation_microbatches(self, num_sequences: int) -> int:
         """Micro-batches per rank that cover ``num_sequences``; a multiple of PP, as interleaving needs."""
@@ -73,7 +72,7 @@ class BatchStream:
         self, sample_ids: np.ndarray, reads_tokens: bool, step: int, group_size: int, purpose: Purpose
     ) -> MicroBatch:
         if not reads_tokens:
-            return MicroBatch(sample_ids, None, self.objective.lengths(sample_ids, purpose), None)
+            return MicroBatch(sample_ids, None, self.objective.lengths(sample_ids, purpose))
         sequences = sample_ids // self.rows_per_sequence if purpose is Purpose.TRAIN else sample_ids
         tokens = torch.from_numpy(self.dataset.sequences(sequences)).to(self.topology.device, non_blocking=True)
         batch = self.objective.batch(tokens, sample_ids, step=step, global_batch_size=group_size, purpose=purpose)

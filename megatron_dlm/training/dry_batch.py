@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_dlm.config.tree import Config
 from megatron_dlm.errors import ConfigError
 from megatron_dlm.model.pipeline import MicroBatch, run_pipeline
+from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.state import Training
 from megatron_dlm.training.step import accumulate_gradients
 
@@ -22,8 +23,8 @@ from megatron_dlm.training.step import accumulate_gradients
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
-def dry_batch(training: Training, *, step: int) -> str:
-    """Run forward and backward of step ``step`` (from 0) and one evaluation on the heaviest input; collective.
+def dry_batch(training: Training, progress: Progress) -> str:
+    """Run forward and backward of the step behind ``progress`` and one evaluation on the heaviest input; collective.
 
     Every token is masked, so that the head computes all rows; the sequences are full, the micro-batches real, and as
     many as keep the pipeline filled. Nothing remains: the gradients are cleared and no update is made, and dropout is
@@ -38,7 +39,7 @@ def dry_batch(training: Training, *, step: int) -> str:
     started = time.perf_counter()
     try:
         moments = _missing_moments(training)
-        _train(training, step)
+        _train(training, progress)
         training.optimizer.zero_grad()
         if training.valid_stream is not None:
             _evaluate(training)
@@ -70,15 +71,15 @@ def microbatches_that_fill(pipeline_size: int, virtual_size: int, num_microbatch
     return min(num_microbatches, pipeline_size * (1 if virtual_size == 1 else 2))
 
 
-def _train(training: Training, step: int) -> None:
+def _train(training: Training, progress: Progress) -> None:
     topology, stream = training.topology, training.train_stream
     count = microbatches_that_fill(topology.pipeline_size, topology.virtual_size, stream.num_microbatches)
 
     def batches(reads_tokens: bool) -> Iterator[MicroBatch]:
-        micro_batches = islice(stream.training(step, reads_tokens=reads_tokens), count)
+        micro_batches = islice(stream.training(progress, reads_tokens=reads_tokens), count)
         return (_heaviest(m, training.tokenizer.mask_token_id) for m in micro_batches)
 
-    accumulate_gradients(training, batches, step=step, num_microbatches=count)
+    accumulate_gradients(training, batches, step=progress.step, num_microbatches=count)
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ from megatron_dlm.flops import parameter_count, training_flops
 from megatron_dlm.formatting import format_count, format_duration
 from megatron_dlm.model.layer_spec import uses_transformer_engine
 from megatron_dlm.run_folder import RunFolder
+from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.reporter import Reporter
-from megatron_dlm.training.state import Progress, Training
+from megatron_dlm.training.state import Training
 from megatron_dlm.training.step import StepReport
 from megatron_dlm.training.throughput import Throughput
 
@@ -62,7 +63,7 @@ class RunLog:
         """
         config, dataset = self._training.config, self._training.train_stream.dataset
         done = progress.step
-        samples = done * config.train.global_batch_size
+        samples = progress.consumed_samples
         tokens = samples * config.data.sequence_length
         sequences = samples // config.rows_per_sequence
         record = {

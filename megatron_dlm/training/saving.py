@@ -37,7 +37,8 @@ from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.errors import ConfigError, TrainingError
 from megatron_dlm.files import flush
 from megatron_dlm.model.initialization import CHECKPOINT_METADATA
-from megatron_dlm.training.state import Progress, Training
+from megatron_dlm.training.progress import Progress
+from megatron_dlm.training.state import Training
 
 # Optimizer state in terms of whole parameters: any layout may load what another has saved.
 _METADATA = {
@@ -100,7 +101,7 @@ def load(training: Training, directory: Path) -> Progress:
     for part in training.optimizer.parts:
         if not part.optimizer.state:  # of another Adam than torch's; megatron's sharded state needs one to fill
             part._init_optimizer_states_with_dummy_values()
-    template = _state(training, Progress(0, 0), is_loading=True)
+    template = _state(training, Progress(), is_loading=True)
     try:
         state = read_sharded(template, directory)
     except (OSError, CheckpointException, pickle.UnpicklingError) as error:
@@ -108,7 +109,7 @@ def load(training: Training, directory: Path) -> Progress:
     for index, chunk in enumerate(training.chunks):
         chunk.module.load_state_dict(state[f"model{index}"])
     training.optimizer.load_state_dict(state["optimizer"])
-    return Progress(int(state["step"]), int(state["skipped"]), int(state.get("skipped_in_a_row", 0)))
+    return Progress(*(int(state.get(name, 0)) for name in Progress._fields))
 
 
 def find(training: Training) -> Path | None:
@@ -203,8 +204,7 @@ def _state(training: Training, progress: Progress, *, is_loading: bool) -> dict[
         for index, chunk in enumerate(training.chunks)
     }
     optimizer = training.optimizer.megatron.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
-    consumed = progress.step * training.train_stream.global_batch_size
-    return {**model, "optimizer": optimizer, **progress._asdict(), "consumed_samples": consumed}
+    return {**model, "optimizer": optimizer, **progress._asdict()}
 
 
 def _begin(root: Path, partial: Path) -> None:
@@ -219,7 +219,6 @@ def _describe(training: Training, progress: Progress, directory: Path, known: di
     training.tokenizer.save(directory / TOKENIZER)
     info = {
         **progress._asdict(),
-        "consumed_samples": progress.step * training.train_stream.global_batch_size,
         "layout": str(training.topology),
         "tokenizer_fingerprint": training.tokenizer.fingerprint,
         "vocab_size": training.tokenizer.vocab_size,

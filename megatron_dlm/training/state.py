@@ -1,10 +1,9 @@
-"""A run on this rank: its parts, and how far it has come."""
+"""A run on this rank: its parts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from megatron.core.distributed import DistributedDataParallel
 
@@ -13,6 +12,7 @@ from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.parallel.topology import Topology
 from megatron_dlm.training.batches import BatchStream
 from megatron_dlm.training.optimizer import Optimizer
+from megatron_dlm.training.progress import Progress
 
 
 @dataclass
@@ -37,17 +37,6 @@ class Training:
             return 0
         return min(self.config.evaluate.sequences, self.valid_stream.dataset.samples_per_epoch)
 
-
-class Progress(NamedTuple):
-    """How far a run has come."""
-
-    step: int
-    """Completed steps."""
-    skipped: int
-    """Those of them that were skipped, because their gradient was not finite."""
-    skipped_in_a_row: int = 0
-    """The last ones of them."""
-
-    def after(self, *, applied: bool) -> Progress:
-        """One step further."""
-        return Progress(self.step + 1, self.skipped + (not applied), 0 if applied else self.skipped_in_a_row + 1)
+    def progress_at(self, step: int) -> Progress:
+        """How far the run is after ``step`` steps of which none was skipped."""
+        return Progress(step=step, consumed_samples=step * self.train_stream.global_batch_size)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from megatron_dlm.model.pipeline import MicroBatch, run_pipeline
 from megatron_dlm.model.transformer import TokenLosses
-from megatron_dlm.training.mask_ratio import BUCKETS, means_by_mask_ratio, sums_by_mask_ratio
+from megatron_dlm.training.mask_ratio import means_by_mask_ratio
+from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.state import Training
+from megatron_dlm.training.sums import Sums
 
 
 class StepReport(NamedTuple):
@@ -34,38 +35,38 @@ class StepReport(NamedTuple):
     """Whether any rank was asked to stop; all ranks agree, so that all of them save the same step."""
 
 
-def train_step(training: Training, *, step: int, stop_requested: bool = False) -> StepReport:
-    """Noise, forward, backward, one global normalisation, update; collective."""
+def train_step(training: Training, progress: Progress, *, stop_requested: bool = False) -> StepReport:
+    """Take the step behind ``progress``: noise, forward, backward, one global normalisation, update; collective."""
     topology, stream = training.topology, training.train_stream
-    reports = accumulate_gradients(
+    micro_batches = accumulate_gradients(
         training,
-        lambda reads_tokens: stream.training(step, reads_tokens=reads_tokens),
-        step=step,
+        lambda reads_tokens: stream.training(progress, reads_tokens=reads_tokens),
+        step=progress.step,
         num_microbatches=stream.num_microbatches,
     )
-    update = training.optimizer.step(step)
-    totals = torch.zeros(5 + 3 * BUCKETS, dtype=torch.float64, device=topology.device)
-    if topology.reports_loss:
-        totals[1:] = sum(reports)
-    totals[0] = float(stop_requested)
-    stop, loss, divisor, eligible, scored, *buckets = topology.sum_over_world(totals).tolist()
-    sums = [buckets[i : i + BUCKETS] for i in range(0, 3 * BUCKETS, BUCKETS)]
+    update = training.optimizer.step(progress.step)
+    # Tensor-parallel ranks have the same losses: one of them counts.
+    sums = Sums.total(micro_batches if topology.reports_loss else [], topology.device)
+    sums.stop_requests += float(stop_requested)
+    # The one place of a step where the host waits for the device's figures.
+    sums = Sums.unpack(topology.sum_over_world(sums.pack()).cpu())
+    tokens, _, correct = sums.by_mask_ratio.sum(dim=1).tolist()
     return StepReport(
-        loss=loss / max(divisor, 1.0),
+        loss=float(sums.loss) / max(float(sums.divisor), 1.0),
         grad_norm=update.grad_norm,
         lr=update.lr,
         applied=update.applied,
-        eligible_tokens=int(eligible),
-        scored_tokens=int(scored),
-        accuracy=sum(sums[2]) / max(sum(sums[0]), 1.0),
-        by_mask_ratio=means_by_mask_ratio(sums),
-        stop_requested=stop > 0,
+        eligible_tokens=int(sums.eligible_tokens),
+        scored_tokens=int(sums.scored_tokens),
+        accuracy=correct / max(tokens, 1.0),
+        by_mask_ratio=means_by_mask_ratio(sums.by_mask_ratio.tolist()),
+        stop_requested=bool(sums.stop_requests > 0),
     )
 
 
 def accumulate_gradients(
     training: Training, batches: Callable[[bool], Iterator[MicroBatch]], *, step: int, num_microbatches: int
-) -> list[Tensor]:
+) -> list[Sums]:
     """Forward and backward of micro-batches into cleared gradient buffers, with the dropout of ``step``; collective.
 
     Args:
@@ -73,8 +74,7 @@ def accumulate_gradients(
         step: decides the dropout masks.
 
     Returns:
-        One report per micro-batch on the last stage, an empty list elsewhere: [4 + 3 * 10] fp64, the weighted loss
-        sum, its divisor, the eligible and the scored tokens, and the sums by mask ratio.
+        The sums of every micro-batch on the last stage, an empty list elsewhere.
     """
     training.topology.seed_dropout(training.config.run.seed, step)
     for chunk in training.chunks:
@@ -91,11 +91,8 @@ def accumulate_gradients(
     )
 
 
-def _training_output(micro_batch: MicroBatch, losses: TokenLosses) -> tuple[Tensor, Tensor, Tensor]:
+def _training_output(micro_batch: MicroBatch, losses: TokenLosses) -> tuple[Tensor, Tensor, Sums]:
+    """What megatron differentiates, what it divides the gradient by when it has summed it, and what is reported."""
     batch = micro_batch.batch
     assert batch is not None
-    loss_sum = losses.loss_sum.detach().double()
-    eligible = torch.full_like(loss_sum, batch.num_eligible)  # a fill: copying the number to the device would stall
-    counts = torch.stack([loss_sum, batch.divisor, eligible, batch.is_scored().sum()])
-    report = torch.cat([counts, sums_by_mask_ratio(batch, losses).flatten()])
-    return losses.loss_sum, batch.divisor.int(), report
+    return losses.loss_sum, batch.divisor.int(), Sums.of_micro_batch(batch, losses)

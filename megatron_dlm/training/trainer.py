@@ -19,9 +19,10 @@ from megatron_dlm.training import saving as checkpoint
 from megatron_dlm.training.dry_batch import dry_batch
 from megatron_dlm.training.evaluator import Ask, Evaluator
 from megatron_dlm.training.initial_weights import check_initial_weights
+from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.run_log import RunLog
 from megatron_dlm.training.setup import build, open_data, total_steps
-from megatron_dlm.training.state import Progress, Training
+from megatron_dlm.training.state import Training
 from megatron_dlm.training.step import train_step
 from megatron_dlm.training.stop_signal import StopSignal
 
@@ -67,20 +68,20 @@ def train(training: Training, ask: Ask | None = None) -> bool:
     """Train to the last step, or until a stop signal; collective. Returns whether the run is finished."""
     config = training.config
     saved = checkpoint.find(training)
-    progress = checkpoint.load(training, saved) if saved else Progress(step=0, skipped=0)
+    progress = checkpoint.load(training, saved) if saved else Progress()
     log = RunLog(training, progress, resumed=saved)
     evaluate = Evaluator(training, ask and ask(training))
     stopped = False
     if progress.step < training.steps:
-        log.note(dry_batch(training, step=progress.step))
+        log.note(dry_batch(training, progress))
     if saved and evaluate.is_due(progress.step):  # a stop may have come between the save and the evaluation
         log.evaluation(progress.step, *evaluate(progress.step))
     with StopSignal(announce=training.topology.rank == 0) as stop:
         while progress.step < training.steps and not stopped:
             log.restart_clock()
-            report = train_step(training, step=progress.step, stop_requested=stop.requested)
-            progress, stopped = progress.after(applied=report.applied), report.stop_requested
-            step, last = progress.step, progress.step == training.steps
+            report = train_step(training, progress, stop_requested=stop.requested)
+            progress = progress.after(config.train.global_batch_size, applied=report.applied)
+            stopped, step, last = report.stop_requested, progress.step, progress.step == training.steps
             log.step(progress, report)
             if stopped or last or step % config.checkpoint.interval == 0:
                 saved = checkpoint.save(training, progress)

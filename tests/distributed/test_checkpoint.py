@@ -14,8 +14,8 @@ from megatron_dlm.config.tree import Config
 from megatron_dlm.data.tokenizer import load_tokenizer
 from megatron_dlm.errors import ConfigError
 from megatron_dlm.parallel import topology as parallel
+from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.setup import build, open_data
-from megatron_dlm.training.state import Progress
 from megatron_dlm.training.step import train_step
 from tests.ranks import run_ranks
 from tests.resuming import continue_run, digest
@@ -120,7 +120,7 @@ def other_settings(config: Config, changed: Config) -> tuple[float, float, list[
     training = build(changed, parallel.initialize(changed.parallel))
     checkpoint.load(training, checkpoint.find(training))
     before = [p.detach().clone() for chunk in training.chunks for p in chunk.parameters()]
-    report = train_step(training, step=2)
+    report = train_step(training, training.progress_at(2))
     after = [p.detach() for chunk in training.chunks for p in chunk.parameters()]
     change = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
     groups = [group for part in training.optimizer.parts for group in part.optimizer.param_groups]
@@ -139,12 +139,12 @@ def test_settings_of_the_optimizer_may_change_at_a_resume(config: Any, tmp_path:
 
 def save_before_any_update(config: Config) -> None:
     training = build(config, parallel.initialize(config.parallel))
-    checkpoint.save(training, Progress(step=1, skipped=1, skipped_in_a_row=1))
+    checkpoint.save(training, Progress(1, 16, skipped=1, skipped_in_a_row=1))
     begun = digest(training)
     again = build(config, parallel.initialize(config.parallel))
-    assert checkpoint.load(again, checkpoint.find(again)) == Progress(1, 1, 1)
+    assert checkpoint.load(again, checkpoint.find(again)) == Progress(1, 16, 1, 1)
     assert digest(again) == begun
-    assert train_step(again, step=1) == train_step(training, step=1)
+    assert train_step(again, again.progress_at(1)) == train_step(training, training.progress_at(1))
     assert digest(again) == digest(training)
 
 

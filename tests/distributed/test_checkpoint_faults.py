@@ -22,7 +22,7 @@ from megatron_dlm.errors import ConfigError, TrainingError
 from megatron_dlm.parallel import topology as parallel
 from megatron_dlm.training import saving as checkpoint
 from megatron_dlm.training.setup import build
-from megatron_dlm.training.state import Progress, Training
+from megatron_dlm.training.state import Training
 from megatron_dlm.training.step import train_step
 from tests.ranks import run_ranks
 from tests.resuming import digest
@@ -78,8 +78,8 @@ def two_checkpoints(config: Config) -> tuple[Training, Path, dict[int, str]]:
     training = build(config, parallel.initialize(config.parallel))
     digests = {}
     for step in (0, 1):
-        assert train_step(training, step=step).applied
-        checkpoint.save(training, Progress(step + 1, 0))
+        assert train_step(training, training.progress_at(step)).applied
+        checkpoint.save(training, training.progress_at(step + 1))
         digests[step + 1] = digest(training)
     return training, checkpoint.checkpoint_root(config), digests
 
@@ -150,13 +150,13 @@ def test_all_ranks_agree_on_damage(config: Config, tmp_path: Path, capfd: pytest
 
 def crash_everywhere(config: Config) -> tuple[int, int]:
     training, root, digests = two_checkpoints(config)
-    assert train_step(training, step=2).applied
+    assert train_step(training, training.progress_at(2)).applied
     digests[3] = digest(training)
     snapshot, faults, found = root.with_name("snapshot"), Faults(root), set()
     shutil.copytree(root, snapshot)
     restored = build(config, training.topology)
     for count in range(1000):
-        crashed = faults.after(count, Killed(), lambda: checkpoint.save(training, Progress(3, 0)))
+        crashed = faults.after(count, Killed(), lambda: checkpoint.save(training, training.progress_at(3)))
         directory = checkpoint.find(restored)
         step = checkpoint.load(restored, directory).step
         assert digest(restored) == digests[step], f"after a kill at change {count}"
@@ -165,7 +165,7 @@ def crash_everywhere(config: Config) -> tuple[int, int]:
             break
         # The next save clears up what the killed one has left.
         if step == 2:
-            checkpoint.save(training, Progress(3, 0))
+            checkpoint.save(training, training.progress_at(3))
             assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000002", "step-00000003"]
         shutil.rmtree(root)
         shutil.copytree(snapshot, root)
@@ -183,18 +183,18 @@ def fill_disk(config: Config, tmpfs: str) -> str:
     before = sorted(path.name for path in root.iterdir())
     errors = []
     if tmpfs:
-        assert train_step(training, step=2).applied
+        assert train_step(training, training.progress_at(2)).applied
         room = shutil.disk_usage(root).free
         (root.parent / "ballast").write_bytes(bytes(max(0, room - 40_000)))
         with pytest.raises(TrainingError) as caught:
-            checkpoint.save(training, Progress(3, 0))
+            checkpoint.save(training, training.progress_at(3))
         errors.append(str(caught.value))
     else:
         snapshot = root.with_name("snapshot")
         shutil.copytree(root, snapshot)
         faults, error = Faults(root), OSError(errno.ENOSPC, "No space left on device")
         for count in range(1000):
-            if not faults.after(count, error, lambda: checkpoint.save(training, Progress(3, 0))):
+            if not faults.after(count, error, lambda: checkpoint.save(training, training.progress_at(3))):
                 break
             new = root / "step-00000003"
             if new.exists():  # a fault that did not matter, or one after it was complete

@@ -18,6 +18,7 @@ from megatron_dlm.config.tree import Config
 from megatron_dlm.errors import ConfigError
 from megatron_dlm.model.transformer import TokenLosses
 from megatron_dlm.parallel.topology import initialize
+from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.setup import build
 from megatron_dlm.training.state import Training
 from megatron_dlm.training.step import train_step
@@ -34,13 +35,13 @@ def figures(config: Config, *, with_dry_batch: bool) -> list[tuple[float, float]
     """(loss, gradient norm) of four steps, and the dry batch before the first of them or not."""
     training = build(config, initialize(config.parallel))
     if with_dry_batch:
-        line = dry.dry_batch(training, step=0)
+        line = dry.dry_batch(training, Progress())
         assert line.startswith("dry batch  ok in ") and line.endswith(" GiB")
         grads = [p.main_grad for chunk in training.chunks for p in chunk.parameters()]
         assert not any(bool(g.any()) for g in grads), "the gradients are cleared"
         states = [state for part in training.optimizer.parts for state in part.optimizer.state.values()]
         assert states and not any(bool(value.any()) for state in states for value in state.values())
-    reports = [train_step(training, step=step) for step in range(4)]
+    reports = [train_step(training, training.progress_at(step)) for step in range(4)]
     return [(report.loss, report.grad_norm) for report in reports]
 
 
@@ -87,7 +88,7 @@ def most_held(configs: list[Config]) -> list[list[list[int]]]:
     for config in configs:
         training = build(config, initialize(config.parallel))
         own = []
-        for run in (lambda t=training: dry.dry_batch(t, step=0), lambda t=training: train_step(t, step=0)):
+        for run in (lambda t=training: dry.dry_batch(t, Progress()), lambda t=training: train_step(t, Progress())):
             for counts in held(training):
                 run()
                 assert counts[0] == 0
@@ -112,7 +113,7 @@ def test_the_head_computes_every_row_of_full_sequences(objective: str, tiny_data
     short = {"random_length_probability": 1.0}
     config = tiny_config(tiny_data, model={"objective": objective}, diffusion=short)
     training = build(config, initialize(config.parallel))
-    micro_batch = next(training.train_stream.training(0, reads_tokens=True))
+    micro_batch = next(training.train_stream.training(Progress(), reads_tokens=True))
     heaviest = dry._heaviest(micro_batch, training.tokenizer.mask_token_id)
     assert heaviest.lengths is None and heaviest.batch.lengths is None
     seen = []

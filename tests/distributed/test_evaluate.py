@@ -43,12 +43,12 @@ def config(data: Path, directory: Path, objective: str, /, **sections: Any) -> C
 
 
 def save_all(configs: list[Config]) -> None:
+    from megatron_dlm.training.progress import Progress
     from megatron_dlm.training.saving import save
     from megatron_dlm.training.setup import build
-    from megatron_dlm.training.state import Progress
 
     for each in configs:
-        save(build(each, parallel.initialize(each.parallel)), Progress(step=0, skipped=0))
+        save(build(each, parallel.initialize(each.parallel)), Progress())
 
 
 def evaluate_all(runs: list[tuple[Path, Path]], data: Path, arguments: list[str], interrupted: bool = False) -> None:
@@ -122,11 +122,12 @@ def test_every_layout_and_the_export_answer_the_same(tiny_data: Path, data: Path
 
 
 def train_all(configs: list[Config]) -> None:
+    from megatron_dlm.evaluation.during_training import DuringTraining
     from megatron_dlm.training.setup import build
     from megatron_dlm.training.trainer import train
 
     for each in configs:
-        assert train(build(each, parallel.initialize(each.parallel)))
+        assert train(build(each, parallel.initialize(each.parallel)), DuringTraining)
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
@@ -135,7 +136,7 @@ def read(directory: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_tasks_during_training(objective: str, tiny_data: Path, data: Path, tmp_path: Path, capfd: Any) -> None:
-    from megatron_dlm.evaluation.training_tasks import check_tasks
+    from megatron_dlm.evaluation.during_training import check_questions
 
     tasks = [{"name": "hellaswag", "path": str(data), "samples": 8}, {"name": "mmlu", "path": str(data), "limit": 3}]
     tasks.append({"name": "lambada", "path": str(data / "lambada.jsonl")})
@@ -156,7 +157,7 @@ def test_tasks_during_training(objective: str, tiny_data: Path, data: Path, tmp_
         )
 
     cases = {"one": case("one", {}, tasks), "other": case("other", other, tasks)}
-    check_tasks(cases["one"], ByteTokenizer())
+    check_questions(cases["one"], ByteTokenizer())
     run_ranks(train_all, 1, tmp_path, [cases["one"], case("quiet", {}, [])])
     run_ranks(train_all, ranks, tmp_path, [cases["other"]])
     evaluations = {name: [r for r in read(tmp_path / name) if "valid_nelbo" in r] for name in cases}
@@ -178,10 +179,10 @@ def test_tasks_during_training(objective: str, tiny_data: Path, data: Path, tmp_
 
 
 def test_tasks_are_checked_before_training(tiny_data: Path, data: Path, tmp_path: Path) -> None:
-    from megatron_dlm.training.trainer import preflight
+    from megatron_dlm.commands import train
 
     def check(*tasks: dict[str, Any], **sections: Any) -> None:
-        preflight(config(tiny_data, tmp_path, "masked_diffusion", evaluate={"tasks": list(tasks)}, **sections))
+        train.check(config(tiny_data, tmp_path, "masked_diffusion", evaluate={"tasks": list(tasks)}, **sections), 1)
 
     task = {"name": "hellaswag", "path": str(data)}
     check(task)

@@ -56,7 +56,6 @@ def train_and_save(cases: list[Config]) -> list[tuple[torch.Tensor, list[list[in
     from megatron_dlm.shipped.sampler import SamplerOptions
     from megatron_dlm.training.saving import save
     from megatron_dlm.training.setup import build
-    from megatron_dlm.training.state import Progress
     from megatron_dlm.training.step import train_step
 
     results = []
@@ -64,8 +63,8 @@ def train_and_save(cases: list[Config]) -> list[tuple[torch.Tensor, list[list[in
         topology = parallel.initialize(config.parallel)
         training = build(config, topology)
         for step in range(3):
-            train_step(training, step=step)
-        save(training, Progress(step=3, skipped=0))
+            train_step(training, training.progress_at(step))
+        save(training, training.progress_at(3))
         denoiser = Denoiser(training.chunks, topology)
         autoregressive = config.model.objective == "autoregressive"
         model = TextModel(denoiser, training.tokenizer, config.model.kind, 32, topology.device, "")

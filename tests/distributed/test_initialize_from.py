@@ -27,7 +27,6 @@ from megatron_dlm.training import saving as checkpoint
 from megatron_dlm.training import trainer
 from megatron_dlm.training.run_log import banner
 from megatron_dlm.training.setup import build
-from megatron_dlm.training.state import Progress
 from megatron_dlm.training.step import train_step
 from tests.hf_sources import save_source
 from tests.ranks import run_ranks
@@ -68,8 +67,8 @@ def begin_with(directory: Path, run: Path, **sections: dict[str, Any]) -> Config
 def begin(config: Config) -> tuple[float, list[str]]:
     """Save what the run begins with; loss of the first step, and the banner."""
     training = build(config, parallel.initialize(config.parallel))
-    checkpoint.save(training, Progress(0, 0))
-    return train_step(training, step=0).loss, banner(training, None)
+    checkpoint.save(training, training.progress_at(0))
+    return train_step(training, training.progress_at(0)).loss, banner(training, None)
 
 
 def saved(config: Config, key: str) -> torch.Tensor:

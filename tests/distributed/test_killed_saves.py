@@ -10,8 +10,8 @@ from pathlib import Path
 from megatron_dlm.config.tree import Config
 from megatron_dlm.parallel import topology as parallel
 from megatron_dlm.training import saving as checkpoint
+from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.setup import build
-from megatron_dlm.training.state import Progress
 from megatron_dlm.training.step import train_step
 from tests.ranks import run_ranks, start_ranks
 from tests.resuming import continue_run, digest
@@ -28,11 +28,11 @@ def save_every_step(config: Config, log: Path, last: int | None) -> str | None:
     """
     training = build(config, parallel.initialize(config.parallel))
     found = checkpoint.find(training)
-    progress = checkpoint.load(training, found) if found else Progress(0, 0)
+    progress = checkpoint.load(training, found) if found else Progress()
     end = last or progress.step + STEPS_PER_TRY
     while progress.step < end:
-        report = train_step(training, step=progress.step)
-        progress = progress.after(applied=report.applied)
+        report = train_step(training, progress)
+        progress = progress.after(config.train.global_batch_size, applied=report.applied)
         if training.topology.rank == 0:
             with log.open("a") as file:
                 file.write(json.dumps([progress.step, report.loss, report.grad_norm]) + "\n")

@@ -43,11 +43,12 @@ def config(data: Path, directory: Path, objective: str, layout: str, **evaluate:
 
 
 def train_all(configs: list[Config]) -> None:
+    from megatron_dlm.evaluation.during_training import DuringTraining
     from megatron_dlm.training.setup import build
     from megatron_dlm.training.trainer import train
 
     for each in configs:
-        assert train(build(each, parallel.initialize(each.parallel)))
+        assert train(build(each, parallel.initialize(each.parallel)), DuringTraining)
 
 
 def read(directory: Path, name: str) -> list[dict[str, Any]]:
@@ -98,12 +99,12 @@ def test_shown_on_one_line_without_control_characters() -> None:
 
 
 def test_samples_must_fit(tiny_data: Path, tmp_path: Path) -> None:
-    from megatron_dlm.training.trainer import preflight
+    from megatron_dlm.commands.train import check
 
     with pytest.raises(ConfigError, match=r"evaluate.samples: 'The ' and .*_tokens \(30\) are 34 tokens, more than"):
-        preflight(config(tiny_data, tmp_path, "masked_diffusion", "one process", samples=["The "], sample_tokens=30))
+        check(config(tiny_data, tmp_path, "masked_diffusion", "one process", samples=["The "], sample_tokens=30), 1)
     with pytest.raises(ConfigError, match="evaluate.sample_tokens is 0"):
-        preflight(config(tiny_data, tmp_path, "masked_diffusion", "one process", sample_tokens=0))
+        check(config(tiny_data, tmp_path, "masked_diffusion", "one process", sample_tokens=0), 1)
 
 
 def test_a_stream_that_cannot_show_a_sample_does_not_stop_training(tmp_path: Path, monkeypatch: Any) -> None:

@@ -90,7 +90,7 @@ def skip_cases(cases: list[tuple[Case, Config]]) -> list[tuple[list[Any], list[l
         poison(training, case, lambda step: step == BAD_STEP)
         reports, digests = [], []
         for step in range(STEPS):
-            report = train_step(training, step=step)
+            report = train_step(training, training.progress_at(step))
             reports.append(gather((report.applied, report.loss, report.grad_norm, report.lr)))
             digests.append(digest(training).split())
         results.append((reports, digests))

@@ -16,7 +16,7 @@ from megatron_dlm.model.initialization import CHECKPOINT_METADATA
 from megatron_dlm.parallel import topology as parallel
 from megatron_dlm.training import saving as checkpoint
 from megatron_dlm.training.setup import build
-from megatron_dlm.training.state import Progress, Training
+from megatron_dlm.training.state import Training
 from megatron_dlm.training.step import train_step
 from tests.ranks import run_ranks
 from tests.runs import assemble, shards, tiny_config
@@ -35,8 +35,8 @@ def whole_parameters(training: Training) -> dict[str, torch.Tensor]:
 def save_and_load(config: Config, written: Path) -> list[dict[str, torch.Tensor]]:
     """The parameters that a checkpoint was saved from, and those that the directory ``written`` gives."""
     training = build(config, parallel.initialize(config.parallel))
-    train_step(training, step=0)
-    checkpoint.save(training, Progress(1, 0))
+    train_step(training, training.progress_at(0))
+    checkpoint.save(training, training.progress_at(1))
     saved = whole_parameters(training)
     template = {
         f"model{index}": chunk.module.sharded_state_dict(metadata=CHECKPOINT_METADATA)

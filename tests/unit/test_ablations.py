@@ -18,6 +18,7 @@ from megatron_dlm.diffusion.objective import build_objective
 from megatron_dlm.parallel.topology import initialize
 from megatron_dlm.training.batches import BatchStream
 from megatron_dlm.training.held_out import held_out_nelbo
+from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.setup import build
 from megatron_dlm.training.step import train_step
 from tests.runs import tiny_config
@@ -42,7 +43,7 @@ def figures(data: Path, objective: str, **sections: dict[str, Any]) -> tuple[flo
         return held_out_nelbo(training.chunks, stream, topology, num_sequences=training.valid_sequences).nelbo
 
     before = held_out()
-    return train_step(training, step=0).loss, before, held_out()
+    return train_step(training, training.progress_at(0)).loss, before, held_out()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -81,7 +82,9 @@ def read(config: Config, dataset: Dataset, steps: int, replicas: int) -> Reading
     for rank in range(replicas):
         stream = BatchStream(config, dataset, objective, replace(one, data_size=replicas, data_rank=rank))
         for step in range(steps):
-            for micro_batch in stream.training(step, reads_tokens=True):
+            for micro_batch in stream.training(
+                Progress(step, step * config.train.global_batch_size), reads_tokens=True
+            ):
                 ids, batch = micro_batch.sample_ids, micro_batch.batch
                 inputs = batch.inputs.numpy()
                 rows = np.arange(inputs.size) if batch.rows is None else batch.rows.numpy()

@@ -16,6 +16,7 @@ from megatron_dlm.config.tree import Config, DiffusionConfig
 from megatron_dlm.diffusion.objective import Batch, MaskedDiffusion
 from megatron_dlm.errors import ConfigError
 from megatron_dlm.training.batches import BatchStream
+from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.setup import total_steps
 from tests.enumeration import MASK_ID as TINY_MASK
 from tests.enumeration import SEQ as TINY_SEQ
@@ -179,7 +180,7 @@ def test_data_is_read_and_counted_by_the_sequence() -> None:
     config.train.global_batch_size, config.train.micro_batch_size = 6, 3
     topology = SimpleNamespace(data_size=1, data_rank=0, device=torch.device("cpu"), pipeline_size=1)
     stream = BatchStream(config, Sequences(), objective(random_length_probability=0.0), topology)  # type: ignore
-    micro_batches = list(stream.training(2, reads_tokens=True))
+    micro_batches = list(stream.training(Progress(2, 12), reads_tokens=True))
     assert np.concatenate([m.sample_ids for m in micro_batches]).tolist() == list(range(12, 18))
     inputs = torch.cat([m.inputs for m in micro_batches])
     sequence = torch.tensor([6, 6, 7, 7, 8, 8])[:, None].expand(6, SEQ)

@@ -24,9 +24,9 @@ from megatron_dlm.evaluation.multiple_choice import Answer
 from megatron_dlm.evaluation.partial_answers import PartialAnswers, write_json
 from megatron_dlm.hf.export import export
 from megatron_dlm.parallel import topology as parallel
+from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.saving import save
 from megatron_dlm.training.setup import build
-from megatron_dlm.training.state import Progress
 from tests.questions import hellaswag, mmlu, write
 from tests.runs import tiny_config
 
@@ -42,7 +42,7 @@ def models(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         model = {"objective": objective, "init_std": 0.3, "num_layers": 2}
         directory = {"directory": str(found[objective])}
         config = tiny_config(tiny_data, run=directory, model=model, data={"sequence_length": 64})
-        save(build(config, parallel.initialize(config.parallel)), Progress(step=0, skipped=0))
+        save(build(config, parallel.initialize(config.parallel)), Progress())
         parallel.shutdown()
         found[f"{objective} export"] = folder / f"{objective}-export"
         export(found[objective], found[f"{objective} export"])

@@ -23,14 +23,14 @@ from megatron_dlm.generation.text_model import TextModel, open_text_model
 from megatron_dlm.hf.export import export
 from megatron_dlm.parallel import topology as parallel
 from megatron_dlm.shipped.sampler import SamplerOptions, Step
+from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.saving import save
 from megatron_dlm.training.setup import build
-from megatron_dlm.training.state import Progress
 from tests.runs import tiny_config
 
 
 def save_run(config: Config) -> None:
-    save(build(config, parallel.initialize(config.parallel)), Progress(step=0, skipped=0))
+    save(build(config, parallel.initialize(config.parallel)), Progress())
     parallel.shutdown()
 
 

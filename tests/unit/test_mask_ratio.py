@@ -10,6 +10,7 @@ from megatron_dlm.model.pipeline import MicroBatch
 from megatron_dlm.model.transformer import TokenLosses
 from megatron_dlm.training.mask_ratio import means_by_mask_ratio, sums_by_mask_ratio
 from megatron_dlm.training.step import _training_output
+from megatron_dlm.training.sums import Sums
 
 
 def test_sums_are_those_of_a_loop_and_padding_counts_for_nothing() -> None:
@@ -49,8 +50,11 @@ def test_sums_are_those_of_a_loop_and_padding_counts_for_nothing() -> None:
     micro_batch = MicroBatch(np.arange(size), batch.inputs, lengths, batch)
     loss_sum, divisor, report = _training_output(micro_batch, losses)
     assert loss_sum is losses.loss_sum and divisor.dtype == torch.int32 and int(divisor) == 40
-    assert report[:4].tolist() == [6.5, 40, 71, len(rows) - padding]
-    assert torch.equal(report[4:], got.flatten())
+    assert [float(report.loss), float(report.divisor)] == [6.5, 40]
+    assert [float(report.eligible_tokens), float(report.scored_tokens)] == [71, len(rows) - padding]
+    assert torch.equal(report.by_mask_ratio, got)
+    twice = Sums.unpack(Sums.total([report, report], "cpu").pack())
+    assert float(twice.loss) == 13 and torch.equal(twice.by_mask_ratio, 2 * got) and not float(twice.stop_requests)
     means = means_by_mask_ratio(got.tolist())
     assert means["loss_by_mask_ratio"].count(None) == sum(n == 0 for n in expected[0]) > 0
     assert 0 < means["accuracy_by_mask_ratio"][9] < 1

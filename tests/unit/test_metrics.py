@@ -19,6 +19,7 @@ from megatron_dlm.formatting import format_count, format_duration
 from megatron_dlm.parallel.topology import initialize
 from megatron_dlm.training import throughput
 from megatron_dlm.training.held_out import summarize, unigram_cross_entropy
+from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.reporter import Reporter, averaged
 from megatron_dlm.training.setup import build
 from megatron_dlm.training.step import accumulate_gradients
@@ -64,9 +65,10 @@ def test_flops_are_those_that_torch_counts(objective: str, tiny_data: Path) -> N
 
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
     with counter, sdpa_kernel(SDPBackend.MATH):
-        accumulate_gradients(training, lambda reads: stream.training(0, reads_tokens=reads), step=0, num_microbatches=2)
-    batches = [micro_batch.batch for micro_batch in stream.training(0, reads_tokens=True)][:2]
-    head_rows = sum(len(batch.targets) for batch in batches)
+        batches = lambda reads: stream.training(Progress(), reads_tokens=reads)  # noqa: E731
+        accumulate_gradients(training, batches, step=0, num_microbatches=2)
+    scored = [micro_batch.batch for micro_batch in stream.training(Progress(), reads_tokens=True)][:2]
+    head_rows = sum(len(batch.targets) for batch in scored)
     assert head_rows == tokens if objective == "autoregressive" else 0 < head_rows < tokens
     formula = training_flops(
         model, tokens=tokens, head_rows=head_rows, sequence_length=seq, vocab_size=training.tokenizer.vocab_size

@@ -48,14 +48,14 @@ def state(made: Training) -> list[torch.Tensor]:
 
 def test_non_finite_gradients_change_nothing(tiny_data: Path) -> None:
     made = training(tiny_data)
-    assert train_step(made, step=0).applied
+    assert train_step(made, made.progress_at(0)).applied
     before = state(made)
     made.optimizer.zero_grad()
     next(iter(made.chunks[0].parameters())).main_grad.view(-1)[3] = float("inf")
     update = made.optimizer.step(1)
     assert not update.applied
     assert all(torch.equal(a, b) for a, b in zip(before, state(made), strict=True))
-    assert train_step(made, step=2).applied
+    assert train_step(made, made.progress_at(2)).applied
     assert not all(torch.equal(a, b) for a, b in zip(before, state(made), strict=True))
 
 
@@ -63,7 +63,7 @@ def test_gradient_norm_is_exact_for_large_matrices(tiny_data: Path) -> None:
     """Summed in fp32 on a CPU, a million squares lose four digits."""
     large = {"num_layers": 1, "hidden_size": 512, "ffn_hidden_size": 2048}
     made = training(tiny_data, model=large, optimizer={"clip_grad": 0.0})  # clipping happens in the same buffers
-    report = train_step(made, step=0)
+    report = train_step(made, made.progress_at(0))
     grads = [p.main_grad for p in made.chunks[0].parameters()]
     assert max(g.numel() for g in grads) > 2**20
     exact = sum(float(g.double().square().sum()) for g in grads) ** 0.5
@@ -75,7 +75,7 @@ def test_gradient_norm_is_exact_for_large_matrices(tiny_data: Path) -> None:
 def test_clipping_scales_the_gradient_to_its_bound(tiny_data: Path) -> None:
     """Adam hides the scale of a gradient, so look at the first moment: (1 - beta1) * clipped gradient."""
     made = training(tiny_data, optimizer={"clip_grad": 0.01, "beta1": 0.5})
-    report = train_step(made, step=0)
+    report = train_step(made, made.progress_at(0))
     assert report.grad_norm > 0.1, "the norm that is reported is the one before clipping"
     moments = [s["exp_avg"] for part in made.optimizer.parts for s in part.optimizer.state.values()]
     assert float(sum(m.square().sum() for m in moments)) ** 0.5 == pytest.approx(0.5 * 0.01, rel=1e-4)
