@@ -15,7 +15,7 @@ from megatron_dlm.errors import ConfigError
 from megatron_dlm.parallel import topology as parallel
 from megatron_dlm.parallel.megatron_config import check_pass_through
 from megatron_dlm.run_folder import STOPPED
-from megatron_dlm.training import saving as checkpoint
+from megatron_dlm.training import saving
 from megatron_dlm.training.dry_batch import dry_batch
 from megatron_dlm.training.evaluator import Ask, Evaluator
 from megatron_dlm.training.initial_weights import check_initial_weights
@@ -39,7 +39,7 @@ def preflight(config: Config, *, world_size: int | None = None) -> Tokenizer:
     train_data, _ = open_data(config, tokenizer)
     steps = total_steps(config, train_data)
     check_schedule(config, steps)
-    if checkpoint.resumable(config, tokenizer, train_data, steps=steps) is None:
+    if saving.resumable(config, tokenizer, train_data, steps=steps) is None:
         check_initial_weights(config, tokenizer)
     return tokenizer
 
@@ -67,8 +67,8 @@ def run_worker(config_dict: dict[str, Any], ask: Ask | None = None) -> None:
 def train(training: Training, ask: Ask | None = None) -> bool:
     """Train to the last step, or until a stop signal; collective. Returns whether the run is finished."""
     config = training.config
-    saved = checkpoint.find(training)
-    progress = checkpoint.load(training, saved) if saved else Progress()
+    saved = saving.find(training)
+    progress = saving.load(training, saved) if saved else Progress()
     log = RunLog(training, progress, resumed=saved)
     evaluate = Evaluator(training, ask and ask(training))
     stopped = False
@@ -84,7 +84,7 @@ def train(training: Training, ask: Ask | None = None) -> bool:
             stopped, step, last = report.stop_requested, progress.step, progress.step == training.steps
             log.step(progress, report)
             if stopped or last or step % config.checkpoint.interval == 0:
-                saved = checkpoint.save(training, progress)
+                saved = saving.save(training, progress)
             if (last or not stopped) and evaluate.is_due(step):
                 log.evaluation(step, *evaluate(step))
     log.close(progress, saved)
