@@ -29,7 +29,7 @@ def continue_run(config: Config, first: int, last: int, save_at: int | None) -> 
     """
     training = build(config, parallel.initialize(config.parallel))
     if first:
-        assert checkpoint.load(training, checkpoint.find(training)) == training.progress_at(first)
+        assert checkpoint.resume(training)[1] == training.progress_at(first)
     figures = []
     for step in range(first, last):
         report = train_step(training, training.progress_at(step))

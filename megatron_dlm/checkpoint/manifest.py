@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterable
@@ -11,6 +12,18 @@ from typing import NamedTuple
 from megatron_dlm.files import flush
 
 NAME = "manifest.json"
+BLOCKS = "blocks.json"
+"""File with the digests of the large files' blocks."""
+BLOCK_BYTES = 2**20
+
+
+class Damaged(ValueError):
+    """A file is not what was written; the message is a sentence that names it."""
+
+    @classmethod
+    def of(cls, name: str) -> Damaged:
+        """For content that has another digest."""
+        return cls(f"the content of {name} has changed since it was written (its SHA-256 differs)")
 
 
 class FileRecord(NamedTuple):
@@ -20,6 +33,8 @@ class FileRecord(NamedTuple):
     """Bytes."""
     sha256: str
     """Hexadecimal."""
+    blocks: tuple[str, ...] = ()
+    """SHA-256 of each ``BLOCK_BYTES``, of a file that may be read in parts."""
 
 
 def record(path: Path) -> FileRecord:
@@ -34,7 +49,21 @@ def write(directory: Path, known: dict[str, FileRecord]) -> None:
     Args:
         directory: holds the files already.
         known: records by name of the large files, which are not read again.
+
+    Raises:
+        OSError: a known file is not there: the ranks do not write to one file system.
     """
+    for name, item in known.items():
+        if not (directory / name).is_file() or (directory / name).stat().st_size != item.size:
+            raise OSError(
+                errno.ENOENT,
+                f"{name}, which another rank has written, is not there: run.directory must be on a file system that "
+                "all nodes share",
+            )
+    blocks = {name: item.blocks for name, item in known.items() if item.blocks}
+    if blocks:
+        text = json.dumps({"block_bytes": BLOCK_BYTES, "files": blocks})
+        (directory / BLOCKS).write_text(text + "\n", encoding="utf-8")
     records = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
@@ -42,7 +71,8 @@ def write(directory: Path, known: dict[str, FileRecord]) -> None:
             records[name] = known[name] if name in known else record(path)
             if name not in known:
                 flush(path)
-    text = json.dumps({"files": {name: item._asdict() for name, item in records.items()}}, indent=1)
+    files = {name: {"size": item.size, "sha256": item.sha256} for name, item in records.items()}
+    text = json.dumps({"files": files}, indent=1)
     (directory / NAME).write_text(text + "\n", encoding="utf-8")
     for path in (directory / NAME, *(path for path in directory.rglob("*") if path.is_dir()), directory):
         flush(path)
@@ -57,6 +87,22 @@ def read(directory: Path) -> dict[str, FileRecord]:
         raise ValueError(f"it has no {NAME}, so it was not completed") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"its {NAME} is damaged") from None
+
+
+def read_blocks(directory: Path) -> dict[str, list[str]]:
+    """Digests of the large files' blocks by name; empty where there are none, as in checkpoints of earlier versions.
+
+    Raises ``Damaged`` for something else.
+    """
+    try:
+        content = json.loads((directory / BLOCKS).read_text(encoding="utf-8"))
+        if content["block_bytes"] != BLOCK_BYTES:
+            raise ValueError(BLOCKS)
+        return {str(name): [str(digest) for digest in digests] for name, digests in content["files"].items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise Damaged(f"its {BLOCKS} is damaged") from None
 
 
 def find_fault(directory: Path, names: Iterable[str] | None = None, *, content: bool = True) -> str | None:
@@ -81,8 +127,8 @@ def find_fault(directory: Path, names: Iterable[str] | None = None, *, content: 
         try:
             if (size := path.stat().st_size) != expected.size:
                 return f"{name} has {size} bytes instead of {expected.size}"
-            if content and record(path) != expected:
-                return f"the content of {name} has changed since it was written (its SHA-256 differs)"
+            if content and record(path).sha256 != expected.sha256:
+                return str(Damaged.of(name))
         except FileNotFoundError:
             return f"{name} is missing"
     return None

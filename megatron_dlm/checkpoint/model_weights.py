@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_dlm.checkpoint.collective import cause
-from megatron_dlm.checkpoint.sharded_state import read_sharded
+from megatron_dlm.checkpoint.manifest import Damaged
+from megatron_dlm.checkpoint.pieces import Piece, pieces
+from megatron_dlm.checkpoint.sharded_state import read_pieces
 from megatron_dlm.checkpoint.tensor_files import TensorReader
 from megatron_dlm.errors import TrainingError
-from megatron_dlm.model.initialization import CHECKPOINT_METADATA
+from megatron_dlm.model.placement import place
 from megatron_dlm.model.transformer import DiffusionTransformer
 
 # Where the optimizer of a run keeps the fp32 values of its parameters, which are bf16 in a bf16 run.
@@ -34,58 +32,50 @@ def load_weights(chunks: Sequence[DiffusionTransformer], directory: Path) -> Non
     They become of the dtype that the chunks' parameters have.
 
     Raises:
-        TrainingError: the checkpoint cannot be read; on all ranks.
+        TrainingError: the checkpoint cannot be read, or is damaged; on all ranks.
     """
-    _copy(_read(chunks, directory, lambda value: value), chunks)
+    _read(
+        [
+            piece
+            for placed in place(chunks)
+            for piece in pieces(placed.blocks, placed.parameter.detach().view(-1), start=0)
+        ],
+        directory,
+    )
 
 
+@torch.no_grad()
 def load_main_weights(chunks: Sequence[DiffusionTransformer], directory: Path) -> MainWeights:
     """As ``load_weights``, from the most exact values that the checkpoint has, which are returned too.
 
     A run in bf16 has saved the fp32 values of its optimizer beside the weights.
 
     Raises:
-        TrainingError: the checkpoint cannot be read; on all ranks.
+        TrainingError: the checkpoint cannot be read, or is damaged; on all ranks.
     """
     try:
         stored = TensorReader(directory).read_metadata().state_dict_metadata
-    except (OSError, pickle.UnpicklingError) as error:
+    except (OSError, Damaged, pickle.UnpicklingError) as error:
         raise _unreadable(directory, error) from None
-
-    def in_fp32(value: Any) -> Any:
-        if not isinstance(value, ShardedTensor | ShardedTensorFactory):
-            return value
-        key = _MAIN + value.key if _MAIN + value.key in stored else value.key
-        data = torch.empty_like(value.data, dtype=torch.float32, device="cpu", requires_grad=False)
-        if isinstance(value, ShardedTensor):
-            return replace(value, key=key, data=data, dtype=torch.float32)
-        return replace(value, key=key, data=data)
-
-    main = _read(chunks, directory, in_fp32)
-    _copy(main, chunks)
+    main: MainWeights = {f"model{index}": {} for index in range(len(chunks))}
+    wanted: list[Piece] = []
+    for parameter, name, chunk, blocks in (all_placed := place(chunks)):
+        values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        main[f"model{chunk}"][name] = values
+        prefix = _MAIN if all(_MAIN + block.key in stored for block in blocks) else ""
+        wanted += pieces(blocks, values.view(-1), start=0, prefix=prefix)
+    _read(wanted, directory)
+    for placed in all_placed:
+        placed.parameter.copy_(main[f"model{placed.chunk}"][placed.name])
     return main
 
 
-def _read(
-    chunks: Sequence[DiffusionTransformer], directory: Path, change: Callable[[Any], Any]
-) -> dict[str, dict[str, Tensor]]:
-    """The chunks' tensors by ``model{chunk}`` and name, read into what ``change`` makes of their sharded tensors."""
-    template = {}
-    for index, chunk in enumerate(chunks):
-        state = chunk.sharded_state_dict(metadata=CHECKPOINT_METADATA)
-        template[f"model{index}"] = dict_list_map_outplace(change, state)
+def _read(wanted: list[Piece], directory: Path) -> None:
     try:
-        return read_sharded(template, directory)
-    except (OSError, CheckpointException, pickle.UnpicklingError) as error:
+        read_pieces(wanted, directory)
+    except (OSError, Damaged, CheckpointException, pickle.UnpicklingError) as error:
         raise _unreadable(directory, error) from None
 
 
-@torch.no_grad()
-def _copy(weights: dict[str, dict[str, Tensor]], chunks: Sequence[DiffusionTransformer]) -> None:
-    for index, chunk in enumerate(chunks):
-        for name, parameter in chunk.named_parameters():
-            parameter.copy_(weights[f"model{index}"][name])
-
-
-def _unreadable(directory: Path, error: Exception) -> TrainingError:
+def _unreadable(directory: Path, error: BaseException) -> TrainingError:
     return TrainingError(f"cannot read checkpoint {directory}: {cause(error)}; restore it or give another one")

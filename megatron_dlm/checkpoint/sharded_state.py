@@ -1,83 +1,140 @@
-"""Megatron's sharded state dicts on disk, in its own layout-independent format (torch_dist).
+"""Pieces of tensors on disk, in megatron-core's own layout-independent format (torch_dist).
 
-Read and written by torch.distributed.checkpoint's plain file writer, not by megatron's: that one forks helper
-processes, waits for ever for one that was killed, and leaves the others behind when its rank is. Here every rank writes
-one file and hashes what it writes, an error on any rank is raised on all of them, and nothing that is read can execute
-code. ``megatron.core.dist_checkpointing.load`` of any supported version reads the result.
+Written and read by torch.distributed.checkpoint, with planners that know rectangles and nothing else; not by megatron's
+writers, which fork helper processes, wait for ever for one that was killed, and leave the others behind when their rank
+is. An error on any rank is raised on all of them, and nothing that is read can execute code.
+``megatron.core.dist_checkpointing.load`` of any supported version reads the result.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
-from megatron.core.dist_checkpointing.strategies import torch as torch_dist
-from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_dlm.checkpoint.manifest import FileRecord
+from megatron_dlm.checkpoint.pieces import Piece
 from megatron_dlm.checkpoint.tensor_files import COMMON, TensorReader, TensorWriter
 
 
-def write_sharded(state: dict[str, Any], directory: Path, metadata: dict[str, Any]) -> dict[str, FileRecord]:
-    """Write a sharded state dict into an existing, empty ``directory``; collective, durable when it returns.
+def write_pieces(pieces: Iterable[Piece], common: dict[str, Any], directory: Path) -> dict[str, FileRecord]:
+    """Write this rank's pieces into an existing, empty ``directory``; collective, durable when it returns.
 
     Args:
-        state: tensors wrapped by megatron's ``sharded_state_dict``, and plain values that are equal on all ranks.
+        pieces: of all ranks together they are whole tensors, and no two of them overlap.
+        common: plain values, equal on all ranks; rank 0 writes them.
         directory: on a file system that all ranks share.
-        metadata: what ``state`` was made with; stored beside it.
 
     Returns:
-        Records of the large files that this rank has written, by name.
+        Records of the large files that this rank has written, by name; none where it has no pieces.
 
     Raises:
         CheckpointException: a rank could not write; on all ranks.
     """
-    sharded, common = save_preprocess({**state, "content_metadata": metadata})
-    flat, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(_tensors(sharded), True)
     writer = TensorWriter(directory, common)
-    planner = torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    dcp.save(torch_dist.mcore_to_pyt_state_dict(flat, False), storage_writer=writer, planner=planner)
+    dcp.save({}, storage_writer=writer, planner=_PieceWriter(pieces))
     return writer.records
 
 
-def read_sharded(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Read ``directory`` into the shape of the sharded state dict ``state``, of any layout; collective.
+def read_pieces(pieces: Iterable[Piece], directory: Path) -> None:
+    """Fill this rank's pieces, whatever rectangles the checkpoint has; collective.
+
+    Every rank reads what overlaps its own pieces and no more, and verifies what it reads.
 
     Raises:
-        CheckpointException: a rank could not read, or found something that is not a tensor; on all ranks.
-        pickle.UnpicklingError: the index or the plain values hold something else than they should.
+        CheckpointException: a rank could not read, or found something else than its pieces; on all ranks.
+        pickle.UnpicklingError: the index holds something else than it should.
     """
-    sharded, nonpersistent, factories = load_preprocess(state)
-    result = torch.load(directory / COMMON, map_location="cpu", weights_only=True)
-    merge(result, nonpersistent)
-    template = _tensors(extract_sharded_base(sharded)[0])
-    flat, flat_names, names = torch_dist._replace_state_dict_keys_with_sharded_keys(template)
-    tensors = torch_dist.mcore_to_pyt_state_dict(flat, True)
-    planner = _TensorPlanner(
-        shapes_validation_sharded_tensors=[t for t in nested_values(template) if isinstance(t, ShardedTensor)],
-        flatten_state_dict=False,
-        flatten_sharded_tensors=False,
-    )
-    dcp.load(tensors, storage_reader=TensorReader(directory), planner=planner)
-    loaded = {key: torch_dist._unwrap_pyt_sharded_tensor(value) for key, value in tensors.items()}
-    loaded = torch_dist._replace_sharded_keys_with_state_dict_keys(loaded, flat_names, names)
-    torch_dist._restore_dict_types(loaded, template)
-    merge(result, loaded)
-    return apply_factory_merges(result, factories)
+    dcp.load({}, storage_reader=TensorReader(directory), planner=_PieceReader(pieces))
 
 
-def _tensors(sharded: dict[str, Any]) -> dict[str, Any]:
-    """Without the pickled objects: Transformer Engine's (empty) extra states, which other layers do not have."""
-    return extract_matching_values(sharded, lambda value: not isinstance(value, ShardedObject))[0]
+def read_common(directory: Path) -> dict[str, Any]:
+    """The plain values. Raises ``OSError`` or ``pickle.UnpicklingError``."""
+    return torch.load(directory / COMMON, map_location="cpu", weights_only=True)
 
 
-class _TensorPlanner(torch_dist.MCoreLoadPlanner):
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+def _by_place(pieces: Iterable[Piece]) -> dict[MetadataIndex, Piece]:
+    return {MetadataIndex(piece.key, torch.Size(piece.offset)): piece for piece in pieces}
+
+
+def _chunk(piece: Piece) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size(piece.offset), sizes=piece.data.shape)
+
+
+class _PieceWriter(dcp.DefaultSavePlanner):
+    """torch's own planner checks that the pieces of all ranks fill whole tensors and do not overlap."""
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._pieces = _by_place(pieces)
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan(
+            [
+                WriteItem(
+                    index=index,
+                    type=WriteItemType.SHARD,
+                    tensor_data=TensorWriteData(
+                        chunk=_chunk(piece),
+                        properties=TensorProperties.create_from_tensor(piece.data),
+                        size=torch.Size(piece.shape),
+                    ),
+                )
+                for index, piece in self._pieces.items()
+            ]
+        )
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._pieces[index].data
+
+
+class _PieceReader(dcp.DefaultLoadPlanner):
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._pieces = _by_place(pieces)
+
+    def create_local_plan(self) -> LoadPlan:
+        by_key: dict[str, list[Piece]] = {}
+        for piece in self._pieces.values():
+            by_key.setdefault(piece.key, []).append(piece)
+        return LoadPlan([item for key, pieces in by_key.items() for item in self._items(key, pieces)])
+
+    def _items(self, key: str, pieces: Sequence[Piece]) -> list[ReadItem]:
+        stored = self.metadata.state_dict_metadata.get(key)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise ValueError(f"it has no tensor {key}")
+        if tuple(stored.size) != pieces[0].shape:
+            raise ValueError(f"{key} is {list(stored.size)} instead of {list(pieces[0].shape)}")
+        items = create_read_items_for_chunk_list(key, stored, [_chunk(piece) for piece in pieces])
+        if sum(math.prod(item.lengths) for item in items) != sum(piece.data.numel() for piece in pieces):
+            raise ValueError(f"the parts of {key} are not the whole of it")
+        return items
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._pieces[index].data
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise pickle.UnpicklingError(f"refusing to load {read_item.dest_index.fqn}, which is not a tensor")

@@ -17,8 +17,7 @@ from megatron_dlm.files import flush
 from megatron_dlm.run_folder import RunFolder
 
 INFO, CONFIG, TOKENIZER, LATEST = "checkpoint.json", "config.yaml", "tokenizer", "latest"
-SMALL = (INFO, CONFIG, INDEX, COMMON, "metadata.json")
-"""The files whose content is verified even where only the sizes of the others are."""
+_NEEDED = (INFO, CONFIG, INDEX, COMMON, "metadata.json")
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -53,8 +52,7 @@ def open_checkpoint(path: str | Path) -> StoredCheckpoint:
     """
     directory = _directory(Path(path))
     try:
-        fault = manifest.find_fault(directory, content=False) or manifest.find_fault(directory, SMALL)
-        if fault:
+        if fault := find_fault(directory):
             raise ConfigError(f"checkpoint {directory} is damaged: {fault}; restore it or give another one")
         info = json.loads((directory / INFO).read_text())
     except OSError as error:
@@ -64,6 +62,23 @@ def open_checkpoint(path: str | Path) -> StoredCheckpoint:
     except ConfigError as error:
         raise ConfigError(f"{directory} is of another version of megatron_dlm: {error}") from None
     return StoredCheckpoint(directory, config, info)
+
+
+def find_fault(directory: Path) -> str | None:
+    """A sentence about the first thing that is wrong with a checkpoint, or None.
+
+    The sizes of all files and the content of all but the tensors are compared with the manifest. Tensors are verified
+    by whoever reads them, but for checkpoints of earlier versions, in which they cannot be read in parts.
+
+    Raises:
+        OSError: a file is there but cannot be read, which says nothing about what is in it.
+    """
+    try:
+        records, in_parts = manifest.read(directory), manifest.read_blocks(directory)
+    except ValueError as error:
+        return str(error)
+    others = {name for name in records if name not in in_parts}
+    return manifest.find_fault(directory, content=False) or manifest.find_fault(directory, sorted({*_NEEDED, *others}))
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint's tensors: torch.distributed.checkpoint's format, hashed as written and safe to read.
+"""The files of a checkpoint's tensors: torch.distributed.checkpoint's format, hashed as written, verified as read.
 
 What megatron-core adds to it (``torch_dist``) are two small files, so nothing here needs megatron or process groups.
 """
@@ -11,7 +11,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as index
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
-from megatron_dlm.checkpoint.manifest import FileRecord
+from megatron_dlm.checkpoint.manifest import BLOCK_BYTES, Damaged, FileRecord, read_blocks
 
 COMMON = "common.pt"
 """File of the plain values."""
 INDEX = ".metadata"
 """File that says where every tensor is."""
+TENSORS = ".distcp"
+"""Suffix of the files of the tensors."""
 _FORMAT = "metadata.json"
 _BACKEND = {
     "sharded_backend": "torch_dist",
@@ -36,7 +41,10 @@ _BACKEND = {
 
 
 class TensorWriter(dcp.FileSystemWriter):
-    """Writes one file per rank into an existing ``directory`` and the plain values ``common``, flushed to the disk."""
+    """Writes a file of this rank's pieces into an existing ``directory``, on rank 0 the plain values ``common`` too.
+
+    Everything is flushed to the disk. A rank without pieces writes no file.
+    """
 
     def __init__(self, directory: Path, common: dict[str, Any]) -> None:
         super().__init__(directory, single_file_per_rank=True, sync_files=True)
@@ -47,6 +55,14 @@ class TensorWriter(dcp.FileSystemWriter):
     def records(self) -> dict[str, FileRecord]:
         """Of the large files that this rank has written, by name."""
         return self.fs.records
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """As torch's, but no empty files."""
+        if plan.items:
+            return super().write_data(plan, planner)
+        nothing: Future[list[WriteResult]] = Future()
+        nothing.set_result([])
+        return nothing
 
     def storage_meta(self) -> index.StorageMeta:
         """Nothing: torch's has the path written to, which is not the path the checkpoint will have."""
@@ -62,7 +78,7 @@ class TensorWriter(dcp.FileSystemWriter):
 
 
 class _HashingFileSystem(FileSystem):
-    """Knows size and digest of the tensor files that were written through it."""
+    """Knows size and digests of the tensor files that were written through it."""
 
     def __init__(self) -> None:
         self.records: dict[str, FileRecord] = {}
@@ -75,29 +91,113 @@ class _HashingFileSystem(FileSystem):
             return
         with _HashingWriter(path) as stream:
             yield stream
-        if Path(path).suffix == ".distcp":
-            self.records[Path(path).name] = FileRecord(stream.size, stream.sha256.hexdigest())
+        if Path(path).suffix == TENSORS:
+            self.records[Path(path).name] = stream.record()
 
 
 class _HashingWriter(io.BufferedWriter):
+    """Hashes the whole file, and every block of it: a reader of a part must be able to verify that part."""
+
     def __init__(self, path: str | os.PathLike) -> None:
         super().__init__(io.FileIO(path, "w"), buffer_size=1 << 20)
-        self.sha256, self.size = hashlib.sha256(), 0
+        self._whole, self._block, self._size = hashlib.sha256(), hashlib.sha256(), 0
+        self._blocks: list[str] = []
 
     def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        self.size += memoryview(data).nbytes
-        return super().write(data)
+        view = memoryview(data).cast("B")
+        self._whole.update(view)
+        for start in range(0, len(view), BLOCK_BYTES):
+            self._hash_blocks(view[start : start + BLOCK_BYTES])
+        return super().write(view)
+
+    def record(self) -> FileRecord:
+        """What has been written."""
+        unfinished = [self._block.hexdigest()] if self._size % BLOCK_BYTES else []
+        return FileRecord(self._size, self._whole.hexdigest(), (*self._blocks, *unfinished))
+
+    def _hash_blocks(self, view: memoryview) -> None:
+        """Add at most one block's length of bytes, which may end one block and begin the next."""
+        room = BLOCK_BYTES - self._size % BLOCK_BYTES
+        self._block.update(view[:room])
+        self._size += len(view)
+        if len(view) >= room:
+            self._blocks.append(self._block.hexdigest())
+            self._block = hashlib.sha256(view[room:])
+
+
+class _VerifyingFileSystem(FileSystem):
+    """Lets nothing be read of a tensor file but what was written into it."""
+
+    def __init__(self, blocks: Mapping[str, Sequence[str]]) -> None:
+        self._blocks = blocks
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as stream:
+            name = Path(path).name
+            yield _VerifiedFile(stream, name, self._blocks[name]) if name in self._blocks else stream
+
+
+class _VerifiedFile(io.RawIOBase):
+    """A file that is read in blocks, each compared with its digest before a byte of it is handed out.
+
+    So a part of a file can be trusted without reading the rest, and nothing is read twice. Raises ``Damaged``.
+    """
+
+    def __init__(self, file: Any, name: str, digests: Sequence[str]) -> None:
+        self._file, self._name, self._digests = file, name, digests
+        self._position, self._number, self._block = 0, -1, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence != os.SEEK_SET:
+            offset += self._position if whence == os.SEEK_CUR else self._file.seek(0, os.SEEK_END)
+        self._position = offset
+        return offset
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill ``buffer``, but for the end of the file: torch takes less for an error."""
+        view = memoryview(buffer).cast("B")
+        done = 0
+        while done < len(view):
+            number, begin = divmod(self._position, BLOCK_BYTES)
+            part = self._load(number)[begin : begin + len(view) - done]
+            if not part:
+                break
+            view[done : done + len(part)] = part
+            done, self._position = done + len(part), self._position + len(part)
+        return done
+
+    def _load(self, number: int) -> bytes:
+        if number != self._number and number < len(self._digests):
+            self._file.seek(number * BLOCK_BYTES)
+            block = self._file.read(BLOCK_BYTES)
+            if hashlib.sha256(block).hexdigest() != self._digests[number]:
+                raise Damaged.of(self._name)
+            self._number, self._block = number, block
+        return self._block if number == self._number else b""
 
 
 class TensorReader(dcp.FileSystemReader):
-    """Has read the index of tensors, a pickle, without letting it call anything.
+    """Has read the index of tensors, a pickle, without letting it call anything; verifies the tensors as it reads them.
 
-    Raises ``OSError`` for an index that cannot be read, ``pickle.UnpicklingError`` for one that is something else.
+    A checkpoint of an earlier version has digests of whole files only: there the files must be verified before.
+
+    Raises ``OSError`` for an index that cannot be read, ``pickle.UnpicklingError`` for one that is something else,
+    ``Damaged`` (from reading, too) for a file that is not what was written.
     """
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
+        self.fs = _VerifyingFileSystem(read_blocks(directory))
         with open(directory / INDEX, "rb") as file:
             self._index = _IndexUnpickler(file).load()
 

@@ -7,9 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
-
-from megatron_dlm.checkpoint.collective import shared_fault
+from megatron_dlm.checkpoint.collective import on_rank_zero
 from megatron_dlm.checkpoint.model_weights import MainWeights, load_main_weights
 from megatron_dlm.checkpoint.stored import StoredCheckpoint, exists, open_checkpoint
 from megatron_dlm.config.tree import Config, ModelConfig
@@ -43,19 +41,11 @@ def load_initial_weights(config: Config, chunks: Sequence[DiffusionTransformer])
 
     Raises:
         ConfigError: it names no sound checkpoint; on all ranks.
-        TrainingError: that cannot be read; on all ranks.
+        TrainingError: that cannot be read, or its tensors are damaged; on all ranks.
     """
-    choice: list[Any] = [None]
-    if dist.get_rank() == 0:  # the others might see a run's `latest` move
-        choice = [_choose(config)]
-    dist.broadcast_object_list(choice)
-    if isinstance(choice[0], ConfigError):
-        raise choice[0]
-    directory: Path | None = choice[0]
+    directory = on_rank_zero(lambda: _choose(config))  # the others might see a run's `latest` move
     if directory is None:
         return None
-    if fault := shared_fault(directory):
-        raise ConfigError(f"checkpoint.initialize_from {directory} is damaged: {fault}; restore it or give another one")
     return InitialWeights(directory, load_main_weights(chunks, directory))
 
 
@@ -88,10 +78,7 @@ def _pairs(stored: StoredCheckpoint, config: Config, tokenizer: Tokenizer) -> li
     return [(key, before, now) for key, before, now in pairs if before != now]
 
 
-def _choose(config: Config) -> Path | ConfigError | None:
-    try:
-        if config.checkpoint.initialize_from is None or exists(config):
-            return None
-        return open_checkpoint(config.checkpoint.initialize_from).directory
-    except ConfigError as error:
-        return error
+def _choose(config: Config) -> Path | None:
+    if config.checkpoint.initialize_from is None or exists(config):
+        return None
+    return open_checkpoint(config.checkpoint.initialize_from).directory

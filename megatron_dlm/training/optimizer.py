@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dlm.config.tree import Config
 from megatron_dlm.model.transformer import DiffusionTransformer
-from megatron_dlm.parallel.compat import gradients_for_norm, repair_adam_step_loading, wrap_data_parallel
+from megatron_dlm.parallel.compat import gradients_for_norm, wrap_data_parallel
 from megatron_dlm.parallel.megatron_config import ddp_config, optimizer_config
 
 _SCHEDULES = {"wsd": "WSD", "cosine": "cosine", "linear": "linear", "constant": "constant"}
@@ -28,6 +29,17 @@ class Update(NamedTuple):
     lr: float
     applied: bool
     """False where the gradient was not finite: parameters and moments are unchanged, on all ranks."""
+
+
+class OptimizerShard(NamedTuple):
+    """What this rank's part of the distributed optimizer has of one parameter; the tensors are the optimizer's own."""
+
+    parameter: torch.Tensor
+    """The model's, all that this rank has of it."""
+    start: int
+    """First of its elements, in row-major order, that this data-parallel rank updates."""
+    state: dict[str, torch.Tensor]
+    """[n] fp32 each: ``param`` (the main parameter), ``exp_avg``, ``exp_avg_sq``."""
 
 
 def wrap(chunks: list[DiffusionTransformer], config: Config) -> list[DistributedDataParallel]:
@@ -50,7 +62,6 @@ class Optimizer:
     """
 
     def __init__(self, config: Config, chunks: list[DistributedDataParallel], *, steps: int) -> None:
-        repair_adam_step_loading()
         settings = config.optimizer
         self.chunks = chunks
         self.clip_grad = settings.clip_grad
@@ -79,8 +90,8 @@ class Optimizer:
         """megatron's optimizers, one unless it has chained several."""
         return getattr(self.megatron, "chained_optimizers", [self.megatron])
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over moments and step counts; the settings (rates, betas, epsilon) stay those of the configuration.
+    def load_common_state(self, state: dict[str, Any]) -> None:
+        """Take over step counts; the settings (rates, betas, epsilon) stay those of the configuration.
 
         megatron keeps settings in its parameter groups too: a loaded ``max_lr`` would silently win, and 0.19 finds the
         saved group of a parameter by it. So the saved groups get our settings first. Weight decay tells them apart.
@@ -89,7 +100,12 @@ class Optimizer:
         for saved in _param_groups(state):
             settings = ours.get(saved["wd_mult"], {})  # a rank may have none of the other group
             saved.update({key: value for key, value in settings.items() if key not in ("params", "step")})
-        self.megatron.load_state_dict(state)
+        for part in self.parts:
+            part.load_state_dict({key: value for key, value in state.items() if not key.startswith("param_state")})
+            # megatron gives all parameters one and the same tensor, which would then count steps times parameters.
+            for of_parameter in part.optimizer.state.values():
+                if isinstance(of_parameter.get("step"), torch.Tensor):
+                    of_parameter["step"] = of_parameter["step"].clone()
 
     def set_main_weights(self, weights: dict[str, dict[str, torch.Tensor]]) -> None:
         """Take fp32 values that the parameters have already been given; in bf16 those were rounded.
@@ -99,6 +115,21 @@ class Optimizer:
         """
         for part in self.parts:
             part.reload_model_params(weights)
+
+    def shards(self) -> Iterator[OptimizerShard]:
+        """This rank's share of the parameters that it has one of; the ranks of a replica together have all elements."""
+        for part in self.parts:
+            for buffer in part.gbuf_ranges:
+                for bucket in (bucket for buckets in buffer.values() for bucket in buckets):
+                    for parameter, ranges in bucket["param_map"].items():
+                        state = part._get_main_param_and_optimizer_states(parameter)
+                        tensors = {name: tensor.detach() for name, tensor in state.items() if name != "step"}
+                        yield OptimizerShard(parameter, ranges["param"].start, tensors)
+
+    def common_state(self) -> dict[str, Any]:
+        """What is no tensor of a parameter, equal on all ranks: settings of the parameter groups, and steps."""
+        (part,) = self.parts  # megatron chains several for experts, which our models do not have
+        return {**part.state_dict(), "param_state_sharding_type": "fully_reshardable"}
 
     def zero_grad(self) -> None:
         """Clear the gradient buffers and the optimizer's gradients."""

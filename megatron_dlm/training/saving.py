@@ -8,7 +8,7 @@ import pickle
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,19 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_dlm.checkpoint import manifest
-from megatron_dlm.checkpoint.collective import cause, on_rank_zero, shared_fault, unreadable
-from megatron_dlm.checkpoint.sharded_state import read_sharded, write_sharded
+from megatron_dlm.checkpoint.collective import cause, first_failure, on_rank_zero
+from megatron_dlm.checkpoint.manifest import Damaged
+from megatron_dlm.checkpoint.pieces import Piece, pieces
+from megatron_dlm.checkpoint.sharded_state import read_common, read_pieces, write_pieces
 from megatron_dlm.checkpoint.stored import (
     CONFIG,
     INFO,
-    SMALL,
+    LATEST,
     TOKENIZER,
     candidates,
     checkpoint_root,
     checkpoints,
+    find_fault,
     point_latest,
 )
 from megatron_dlm.config.load import dump_yaml, from_dict, read_yaml
@@ -37,10 +40,11 @@ from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.errors import ConfigError, TrainingError
 from megatron_dlm.files import flush
 from megatron_dlm.model.initialization import CHECKPOINT_METADATA
+from megatron_dlm.model.placement import place
 from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.state import Training
 
-# Optimizer state in terms of whole parameters: any layout may load what another has saved.
+# How megatron describes such a checkpoint, for its own reader.
 _METADATA = {
     **CHECKPOINT_METADATA,
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -73,7 +77,7 @@ def save(training: Training, progress: Progress) -> Path:
     final, partial = root / f"step-{progress.step:08d}", root / f".step-{progress.step:08d}.partial"
     try:
         on_rank_zero(lambda: _begin(root, partial))
-        own = write_sharded(_state(training, progress, is_loading=False), partial, _METADATA)
+        own = write_pieces(_pieces(training, saving=True), _common(training, progress), partial)
         records: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(records, own)
         known = {name: record for part in records for name, record in part.items()}
@@ -92,55 +96,54 @@ def save(training: Training, progress: Progress) -> Path:
     return final
 
 
-def load(training: Training, directory: Path) -> Progress:
-    """Restore model and optimizer, at any layout; collective.
+def resume(training: Training) -> tuple[Path | None, Progress]:
+    """Continue from the newest sound checkpoint, or begin; collective. Returns its directory and how far it is.
+
+    What is read is verified as it is read. A damaged checkpoint is named on stderr and the one before it is taken;
+    ``latest`` is then set back to that one, so that the next save replaces the damaged ones.
 
     Raises:
+        ConfigError: as ``resumable``.
+        TrainingError: a checkpoint cannot be read, which says nothing about what is in it.
+    """
+    faults: dict[Path, str] = {}
+
+    def choose() -> Path | None:
+        stream = training.train_stream
+        return resumable(training.config, training.tokenizer, stream.dataset, steps=training.steps, faults=faults)
+
+    while (directory := on_rank_zero(choose)) is not None:
+        try:
+            progress = load(training, directory)
+        except Damaged as error:
+            faults[directory] = str(error)
+            continue
+        if faults and training.topology.rank == 0:
+            named = "; ".join(f"checkpoint {path} is damaged: {fault}" for path, fault in faults.items())
+            print(f"megatron-dlm: warning: {named}; continuing from {directory.name}", file=sys.stderr, flush=True)
+            point_latest(directory.parent, directory.name)
+        return directory, progress
+    return None, Progress()
+
+
+def load(training: Training, directory: Path) -> Progress:
+    """Restore model and optimizer, at any layout; collective. Every rank reads its own share, straight into its place.
+
+    Raises:
+        Damaged: a file is not what was written; on all ranks. What had been read is already in place.
         TrainingError: the checkpoint cannot be read; on all ranks.
     """
-    for part in training.optimizer.parts:
-        if not part.optimizer.state:  # of another Adam than torch's; megatron's sharded state needs one to fill
-            part._init_optimizer_states_with_dummy_values()
-    template = _state(training, Progress(), is_loading=True)
     try:
-        state = read_sharded(template, directory)
+        common = on_rank_zero(lambda: read_common(directory))
+        training.optimizer.load_common_state(common["optimizer"])
+        read_pieces(_pieces(training, saving=False), directory)
     except (OSError, CheckpointException, pickle.UnpicklingError) as error:
+        if isinstance(first_failure(error), Damaged):
+            raise Damaged(cause(error)) from None
         raise TrainingError(f"cannot read checkpoint {directory}: {cause(error)}; restore or remove it") from None
-    for index, chunk in enumerate(training.chunks):
-        chunk.module.load_state_dict(state[f"model{index}"])
-    training.optimizer.load_state_dict(state["optimizer"])
-    return Progress(*(int(state.get(name, 0)) for name in Progress._fields))
-
-
-def find(training: Training) -> Path | None:
-    """The checkpoint to continue from, with the content of all its files verified; collective.
-
-    Damaged ones are passed over and named on stderr, and ``latest`` is set back to the one that is found, so that the
-    next save replaces them. Raises ``ConfigError`` as ``resumable``.
-    """
-    config, dataset, topology = training.config, training.train_stream.dataset, training.topology
-    damaged: list[str] = []
-
-    def verify(directory: Path) -> str | None:
-        fault = shared_fault(directory)
-        if fault:
-            damaged.append(f"checkpoint {directory} is damaged: {fault}")
-        return fault
-
-    found = resumable(config, training.tokenizer, dataset, steps=training.steps, verify=verify)
-    if found and damaged and topology.rank == 0:
-        print(f"megatron-dlm: warning: {'; '.join(damaged)}; continuing from {found.name}", file=sys.stderr, flush=True)
-        point_latest(found.parent, found.name)
-    dist.barrier()
-    return found
-
-
-def check_sizes(directory: Path) -> str | None:
-    """Whether the checkpoint is complete, without reading its large files: a sentence about the first fault."""
-    try:
-        return manifest.find_fault(directory, content=False) or manifest.find_fault(directory, SMALL)
-    except OSError as error:
-        raise unreadable(directory, error.strerror) from None
+    for chunk in training.chunks:
+        chunk.start_param_sync(force_sync=True)  # every rank has its own share of the weights, and gets the others
+    return Progress(*(int(common.get(name, 0)) for name in Progress._fields))
 
 
 def resumable(
@@ -149,13 +152,19 @@ def resumable(
     train_data: Dataset,
     *,
     steps: int,
-    verify: Callable[[Path], str | None] = check_sizes,
+    faults: dict[Path, str] | None = None,
 ) -> Path | None:
     """The checkpoint that a run of ``steps`` steps with ``config`` continues from; None for a fresh start.
 
-    The one that ``latest`` names, or the newest before it that has no fault. Raises ``ConfigError`` where the run
-    directory has checkpoints but must not be continued: none is sound, another model, tokenizer, training data or seed,
-    a run that is already longer, or ``checkpoint.resume: never``.
+    The one that ``latest`` names, or the newest before it that has no fault; tensors are not looked at.
+
+    Args:
+        faults: of checkpoints that were found damaged; what is found here is added.
+
+    Raises:
+        ConfigError: the run directory has checkpoints but must not be continued: none is sound, one cannot be read,
+            another model, tokenizer, training data or seed, a run that is already longer, or
+            ``checkpoint.resume: never``.
     """
     root = checkpoint_root(config)
     found = candidates(root)
@@ -165,16 +174,20 @@ def resumable(
         raise ConfigError(
             f"{root} already has checkpoints and checkpoint.resume is never; choose another run.directory, or auto"
         )
-    faults = []
-    for directory in found:
-        if fault := verify(directory):
-            faults.append(f"{directory.name}: {fault}")
-        else:
+    faults = {} if faults is None else faults
+    for directory in (path for path in found if path not in faults):
+        try:
+            fault = find_fault(directory)
+        except OSError as error:  # not a reason to fall back: the next save would replace what may be sound
+            raise ConfigError(
+                f"cannot read {directory}: {error.strerror}; correct that, or set {root / LATEST} back"
+            ) from None
+        if fault is None:
             _require_same_run(directory, config, tokenizer, train_data, steps)
             return directory
-    raise ConfigError(
-        f"no checkpoint in {root} can be used ({'; '.join(faults)}); restore one, or choose another run.directory"
-    )
+        faults[directory] = fault
+    named = "; ".join(f"{path.name}: {fault}" for path, fault in faults.items())
+    raise ConfigError(f"no checkpoint in {root} can be used ({named}); restore one, or choose another run.directory")
 
 
 def _require_same_run(directory: Path, config: Config, tokenizer: Tokenizer, train_data: Dataset, steps: int) -> None:
@@ -198,13 +211,24 @@ def _require_same_run(directory: Path, config: Config, tokenizer: Tokenizer, tra
         )
 
 
-def _state(training: Training, progress: Progress, *, is_loading: bool) -> dict[str, Any]:
-    model = {
-        f"model{index}": chunk.module.sharded_state_dict(metadata=_METADATA)
-        for index, chunk in enumerate(training.chunks)
-    }
-    optimizer = training.optimizer.megatron.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
-    return {**model, "optimizer": optimizer, **progress._asdict()}
+def _pieces(training: Training, *, saving: bool) -> Iterator[Piece]:
+    """This rank's share of the model and of the optimizer's state: what it updates, and no other rank does.
+
+    Where ranks have copies (norms over the tensor-parallel ranks, tied embeddings at both ends of the pipeline), one of
+    them saves, and all of them load.
+    """
+    placed = {placed.parameter: placed.blocks for placed in place([chunk.module for chunk in training.chunks])}
+    for parameter, start, state in training.optimizer.shards():
+        blocks = [block for block in placed[parameter] if not (saving and block.is_copy)]
+        size = state["param"].numel()
+        yield from pieces(blocks, parameter.detach().view(-1)[start : start + size], start)
+        for name, tensor in state.items():
+            yield from pieces(blocks, tensor.view(-1), start, prefix=f"optimizer.state.{name}.")
+
+
+def _common(training: Training, progress: Progress) -> dict[str, Any]:
+    """What is no tensor."""
+    return {"optimizer": training.optimizer.common_state(), **progress._asdict(), "content_metadata": _METADATA}
 
 
 def _begin(root: Path, partial: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dlm_kernels.implementation import resolve
+from megatron_dlm.checkpoint.collective import require_shared
 from megatron_dlm.config.check import check_schedule, validate
 from megatron_dlm.config.load import from_dict
 from megatron_dlm.config.tree import Config
@@ -19,7 +21,6 @@ from megatron_dlm.training import saving
 from megatron_dlm.training.dry_batch import dry_batch
 from megatron_dlm.training.evaluator import Ask, Evaluator
 from megatron_dlm.training.initial_weights import check_initial_weights
-from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.run_log import RunLog
 from megatron_dlm.training.setup import build, open_data, total_steps
 from megatron_dlm.training.state import Training
@@ -67,8 +68,8 @@ def run_worker(config_dict: dict[str, Any], ask: Ask | None = None) -> None:
 def train(training: Training, ask: Ask | None = None) -> bool:
     """Train to the last step, or until a stop signal; collective. Returns whether the run is finished."""
     config = training.config
-    saved = saving.find(training)
-    progress = saving.load(training, saved) if saved else Progress()
+    require_shared(Path(config.run.directory))
+    saved, progress = saving.resume(training)
     log = RunLog(training, progress, resumed=saved)
     evaluate = Evaluator(training, ask and ask(training))
     stopped = False

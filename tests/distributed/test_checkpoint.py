@@ -118,7 +118,7 @@ def test_checkpoints_that_is_no_directory_is_refused_at_once(config: Any, tmp_pa
 def other_settings(config: Config, changed: Config) -> tuple[float, float, list[Any]]:
     """Largest change of a parameter in one step after resuming with other settings, the rate said, and the betas."""
     training = build(changed, parallel.initialize(changed.parallel))
-    checkpoint.load(training, checkpoint.find(training))
+    checkpoint.resume(training)[1]
     before = [p.detach().clone() for chunk in training.chunks for p in chunk.parameters()]
     report = train_step(training, training.progress_at(2))
     after = [p.detach() for chunk in training.chunks for p in chunk.parameters()]
@@ -142,7 +142,7 @@ def save_before_any_update(config: Config) -> None:
     checkpoint.save(training, Progress(1, 16, skipped=1, skipped_in_a_row=1))
     begun = digest(training)
     again = build(config, parallel.initialize(config.parallel))
-    assert checkpoint.load(again, checkpoint.find(again)) == Progress(1, 16, 1, 1)
+    assert checkpoint.resume(again)[1] == Progress(1, 16, 1, 1)
     assert digest(again) == begun
     assert train_step(again, again.progress_at(1)) == train_step(training, training.progress_at(1))
     assert digest(again) == digest(training)

@@ -17,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_dlm.checkpoint import manifest
+from megatron_dlm.checkpoint.stored import find_fault
 from megatron_dlm.config.tree import Config
 from megatron_dlm.errors import ConfigError, TrainingError
 from megatron_dlm.parallel import topology as parallel
@@ -109,18 +110,18 @@ def find_despite_damage(config: Config, own_rank: int) -> int:
             path = newest / f"__{own_rank}_0.distcp"
             path.write_bytes(path.read_bytes()[:-100] + bytes(100))
         torch.distributed.barrier()
-        assert checkpoint.find(training) == root / "step-00000001"
+        assert checkpoint.resume(training)[0] == root / "step-00000001"
         return 1
     for kind, name in variants(newest):
-        assert checkpoint.find(training) == root / "step-00000001", (kind, name)
+        assert checkpoint.resume(training)[0] == root / "step-00000001", (kind, name)
         assert (root / "latest").read_text() == "step-00000001\n"
         (root / "latest").write_text("step-00000002\n")
         count += 1
-    assert checkpoint.find(training) == newest, "as it was"
+    assert checkpoint.resume(training)[0] == newest, "as it was"
     (newest / "common.pt").unlink()
     (root / "step-00000001" / manifest.NAME).unlink()
     with pytest.raises(ConfigError, match=r"common.pt is missing; step-00000001: it has no manifest"):
-        checkpoint.find(training)
+        checkpoint.resume(training)[0]
     return count
 
 
@@ -157,8 +158,7 @@ def crash_everywhere(config: Config) -> tuple[int, int]:
     restored = build(config, training.topology)
     for count in range(1000):
         crashed = faults.after(count, Killed(), lambda: checkpoint.save(training, training.progress_at(3)))
-        directory = checkpoint.find(restored)
-        step = checkpoint.load(restored, directory).step
+        step = checkpoint.resume(restored)[1].step
         assert digest(restored) == digests[step], f"after a kill at change {count}"
         found.add(step)
         if not crashed:
@@ -198,7 +198,7 @@ def fill_disk(config: Config, tmpfs: str) -> str:
                 break
             new = root / "step-00000003"
             if new.exists():  # a fault that did not matter, or one after it was complete
-                assert checkpoint.check_sizes(new) is None
+                assert find_fault(new) is None
                 shutil.rmtree(root)
                 shutil.copytree(snapshot, root)
             assert sorted(path.name for path in root.iterdir()) == before, count
@@ -206,7 +206,7 @@ def fill_disk(config: Config, tmpfs: str) -> str:
         shutil.rmtree(root)
         shutil.copytree(snapshot, root)
     assert sorted(path.name for path in root.iterdir() if not path.name.startswith(".latest")) == before
-    assert checkpoint.load(training, checkpoint.find(training)).step == 2
+    assert checkpoint.resume(training)[1].step == 2
     assert digest(training) == digests[2]
     return "\n".join(errors)
 
@@ -257,7 +257,7 @@ def load_attacks(config: Config) -> list[str]:
         files = {name: (directory / name).read_bytes() for name in (".metadata", "common.pt")}
         attack()
         manifest.write(directory, {})  # who can write a checkpoint can write its manifest
-        assert checkpoint.find(training) == directory
+        assert find_fault(directory) is None
         with pytest.raises(TrainingError) as caught:
             checkpoint.load(training, directory)
         messages.append(str(caught.value))

@@ -18,7 +18,7 @@ from megatron_dlm.checkpoint.tensor_files import TensorReader
 from megatron_dlm.checkpoint.whole_tensors import WeightsReader
 from megatron_dlm.config.load import from_dict, to_dict
 from megatron_dlm.config.tree import Config
-from megatron_dlm.errors import ConfigError
+from megatron_dlm.errors import ConfigError, TrainingError
 from megatron_dlm.hf.import_model import import_model
 from megatron_dlm.model.transformer import build_model
 from megatron_dlm.parallel import topology as parallel
@@ -185,7 +185,7 @@ def try_to_begin(config: Config) -> list[Any]:
     try:
         build(config, parallel.initialize(config.parallel))
         error = None
-    except ConfigError as caught:
+    except (ConfigError, TrainingError) as caught:
         error = str(caught)
     errors: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)

@@ -7,10 +7,10 @@ import random
 import time
 from pathlib import Path
 
+from megatron_dlm.checkpoint.stored import find_fault
 from megatron_dlm.config.tree import Config
 from megatron_dlm.parallel import topology as parallel
 from megatron_dlm.training import saving as checkpoint
-from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.setup import build
 from megatron_dlm.training.step import train_step
 from tests.ranks import run_ranks, start_ranks
@@ -27,8 +27,7 @@ def save_every_step(config: Config, log: Path, last: int | None) -> str | None:
     Ends after the step ``last``, or waits to be killed.
     """
     training = build(config, parallel.initialize(config.parallel))
-    found = checkpoint.find(training)
-    progress = checkpoint.load(training, found) if found else Progress()
+    _, progress = checkpoint.resume(training)
     end = last or progress.step + STEPS_PER_TRY
     while progress.step < end:
         report = train_step(training, progress)
@@ -90,4 +89,4 @@ def test_nobody_waits_for_a_dead_writer(tiny_data: Path, tmp_path: Path) -> None
     assert survivor.exitcode == 1, "it failed by itself, and is not waiting"
     root = checkpoint.checkpoint_root(config)
     latest = root / (root / "latest").read_text().strip()
-    assert checkpoint.check_sizes(latest) is None
+    assert find_fault(latest) is None

@@ -18,6 +18,7 @@ import megatron_dlm.training.setup  # noqa: F401  (imported once, in the parent 
 from megatron_dlm.config.tree import Config
 from megatron_dlm.errors import TrainingError
 from megatron_dlm.parallel.topology import initialize
+from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.setup import build
 from megatron_dlm.training.state import Training
 from megatron_dlm.training.step import train_step
@@ -58,10 +59,10 @@ def poison(training: Training, case: Case, is_bad: Callable[[int], bool]) -> Non
     stream, original, now = training.train_stream, training.train_stream.training, [0]
     on_this_rank = dist.get_rank() == BAD_RANK
 
-    def batches(step: int, *, reads_tokens: bool) -> Iterator[Any]:
-        now[0] = step
-        for micro_batch in original(step, reads_tokens=reads_tokens):
-            if micro_batch.batch and case.where == "loss" and on_this_rank and is_bad(step):
+    def batches(progress: Progress, *, reads_tokens: bool) -> Iterator[Any]:
+        now[0] = progress.step
+        for micro_batch in original(progress, reads_tokens=reads_tokens):
+            if micro_batch.batch and case.where == "loss" and on_this_rank and is_bad(progress.step):
                 weights = micro_batch.batch.weights * case.value
                 micro_batch = micro_batch._replace(batch=replace(micro_batch.batch, weights=weights))
             yield micro_batch

@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_dlm.checkpoint.sharded_state import read_sharded
+from megatron_dlm.checkpoint.model_weights import load_weights
 from megatron_dlm.checkpoint.stored import open_checkpoint
 from megatron_dlm.checkpoint.whole_tensors import TensorInfo, WeightsReader, write_weights
 from megatron_dlm.config.tree import Config
 from megatron_dlm.hf.tensor_map import weight_map
-from megatron_dlm.model.initialization import CHECKPOINT_METADATA
 from megatron_dlm.parallel import topology as parallel
 from megatron_dlm.training import saving as checkpoint
 from megatron_dlm.training.setup import build
@@ -38,13 +37,7 @@ def save_and_load(config: Config, written: Path) -> list[dict[str, torch.Tensor]
     train_step(training, training.progress_at(0))
     checkpoint.save(training, training.progress_at(1))
     saved = whole_parameters(training)
-    template = {
-        f"model{index}": chunk.module.sharded_state_dict(metadata=CHECKPOINT_METADATA)
-        for index, chunk in enumerate(training.chunks)
-    }
-    state = read_sharded(template, written)
-    for index, chunk in enumerate(training.chunks):
-        chunk.module.load_state_dict(state[f"model{index}"])
+    load_weights([chunk.module for chunk in training.chunks], written)
     return [saved, whole_parameters(training)]
 
 

@@ -54,8 +54,8 @@ EXPERIMENT = [
 FLOORS = {
     name: number for number, names in enumerate([*GROUND, *RUN, *BEFORE_AND_AFTER, *EXPERIMENT]) for name in names
 }
-MEGATRON = {"parallel", "model", "checkpoint", "training", "generation", "preparation"}
-"""Folders that may import megatron-core."""
+MEGATRON = {"parallel", "model", "training", "preparation"}
+"""Folders that may import megatron-core: importing any of them prepares the machine for it first."""
 LIGHT = {"shipped", "megatron_dlm", "errors", "files", "packages", "formatting", "run_folder", "config"}
 LIGHT |= {"flops", "diffusion", "costs", "data"}
 """Those that know no process groups."""

@@ -23,7 +23,7 @@ def directory(tmp_path: Path) -> Path:
 def test_records_are_size_and_sha256(directory: Path) -> None:
     records = manifest.read(directory)
     assert records == {name: manifest.record(directory / name) for name in ("large", "sub/small")}
-    assert records["sub/small"] == (3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+    assert records["sub/small"][:2] == (3, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
     assert manifest.find_fault(directory) is None
 
 

@@ -50,7 +50,7 @@ def test_what_is_written_is_read(written: Path) -> None:
 def test_the_records_are_those_of_the_files(tmp_path: Path) -> None:
     records = write_weights(tmp_path, infos(TENSORS), TENSORS.__getitem__)
     assert list(records) == WeightsReader(tmp_path).files == ["__0_0.distcp"]
-    assert records == {name: manifest.record(tmp_path / name) for name in records}
+    assert all(record[:2] == manifest.record(tmp_path / name)[:2] for name, record in records.items())
     assert {path.name for path in tmp_path.iterdir()} == {*records, ".metadata", "common.pt", "metadata.json"}
 
 
