@@ -6,8 +6,8 @@ Pure functions of ``denoise``. This file imports torch only, because a copy of i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -21,6 +21,28 @@ Denoise = Callable[[Tensor, "Tensor | None", Tensor], Tensor]
 tokens: [batch, seq] int64; lengths: [batch] int64 on the CPU, real tokens of every row, or None where all are full;
 rows: [n] int64, flat indices into [batch * seq] of the positions that are asked for; logits: [n, vocab].
 """
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids that have a meaning of their own."""
+
+    mask_token_id: int
+    end_of_document_id: int | None = None
+    """Ends a text; None: texts have no end but their length."""
+    forbidden_token_ids: tuple[int, ...] = ()
+    """Never written, though they may be read; [MASK] need not be among them."""
+    size: int | None = None
+    """Ids of texts are below it, [MASK] and end-of-document too; None: not known."""
+
+    @property
+    def unwritten(self) -> list[int]:
+        """The ids that are never written, [MASK] included, in ascending order."""
+        return sorted({self.mask_token_id, *self.forbidden_token_ids})
+
+    def forbidding(self, ids: Iterable[int]) -> Vocabulary:
+        """The same vocabulary with more ids that are never written."""
+        return replace(self, forbidden_token_ids=(*self.forbidden_token_ids, *ids))
 
 
 @dataclass(frozen=True)
@@ -119,10 +141,8 @@ def sample(
     prompts: Sequence[Sequence[int]],
     options: SamplerOptions | None = None,
     *,
-    mask_token_id: int,
-    end_of_document_id: int | None = None,
+    vocabulary: Vocabulary,
     max_new_tokens: int = 0,
-    forbidden_token_ids: Sequence[int] = (),
     device: torch.device | str = "cpu",
     on_step: Callable[[Step], None] | None = None,
 ) -> Samples:
@@ -137,9 +157,8 @@ def sample(
     Args:
         denoise: the model; see ``Denoise``.
         prompts: token ids, [MASK] wherever something is to be filled in.
-        end_of_document_id: stop here; None: never.
+        vocabulary: a row stops at its end-of-document, and what it forbids is never filled in.
         max_new_tokens: masks behind every prompt.
-        forbidden_token_ids: further ids that are never filled in.
         device: of the tensors that ``denoise`` is given.
         on_step: called with the start, and after every forward.
 
@@ -147,15 +166,16 @@ def sample(
         ValueError: a prompt without tokens and no new ones, or fewer ``steps`` than blocks.
     """
     options = options or SamplerOptions()
-    state = _State(prompts, options, mask_token_id, end_of_document_id, max_new_tokens, device)
-    forbidden = torch.tensor(sorted({mask_token_id, *forbidden_token_ids}), device=device)
+    state = _State(prompts, options, vocabulary, max_new_tokens, device)
+    forbidden = torch.tensor(vocabulary.unwritten, device=device)
     forwards = sequence_forwards = 0
     if on_step:
         on_step(state.step(0))
     while active := state.unfinished():
         tokens, lengths, rows, counts = state.inputs(active)
         if options.guidance:
-            logits = _guided(denoise, tokens, lengths, rows, state.given[active], mask_token_id, options.guidance)
+            without = tokens.masked_fill(state.given[active, : tokens.shape[1]], vocabulary.mask_token_id)
+            logits = _guided(denoise, tokens, without, lengths, rows, options.guidance)
         else:
             logits = denoise(tokens, lengths, rows)
         logits = logits.double().index_fill_(1, forbidden, float("-inf"))
@@ -166,7 +186,7 @@ def sample(
         state.fill(active, rows, candidates, probability, confidence)
         if on_step:
             on_step(state.step(forwards))
-    return Samples(state.rows(), state.prompt_lengths, end_of_document_id, forwards, sequence_forwards)
+    return Samples(state.rows(), state.prompt_lengths, vocabulary.end_of_document_id, forwards, sequence_forwards)
 
 
 def next_token(denoise: Denoise, first_token_id: int) -> Denoise:
@@ -193,26 +213,25 @@ class _State:
         self,
         prompts: Sequence[Sequence[int]],
         options: SamplerOptions,
-        mask_token_id: int,
-        end_of_document_id: int | None,
+        vocabulary: Vocabulary,
         max_new_tokens: int,
         device: torch.device | str,
     ) -> None:
         self.options = options
-        self.mask_token_id = mask_token_id
-        self.end_of_document_id = end_of_document_id
+        self.end_of_document_id = vocabulary.end_of_document_id
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.lengths = [length + max_new_tokens for length in self.prompt_lengths]
         if not prompts or min(self.lengths) == 0:
             raise ValueError("a prompt has no tokens, and no new ones are wanted; give max_new_tokens")
         width = max(self.lengths)
-        padded = [[*prompt, *[mask_token_id] * (width - len(prompt))] for prompt in prompts]
+        mask = vocabulary.mask_token_id
+        padded = [[*prompt, *[mask] * (width - len(prompt))] for prompt in prompts]
         self.tokens = torch.tensor(padded, dtype=torch.int64, device=device)
         self.size = torch.tensor(self.lengths)
         column = torch.arange(width, device=device)
         inside = column < self.size.to(device)[:, None]
         self.new = inside & (column >= torch.tensor(self.prompt_lengths, device=device)[:, None])
-        self.masked = inside & (self.tokens == mask_token_id)
+        self.masked = inside & (self.tokens == mask)
         self.given = inside & ~self.masked
         self.block = (self.masked.cumsum(1) - 1) // min(options.block_length or width, width)
         self.quotas = [self._quotas(int(count)) for count in self.masked.sum(1)]
@@ -315,16 +334,12 @@ def _mixed(seed: int, row: int) -> int:
 
 
 def _guided(
-    denoise: Denoise,
-    tokens: Tensor,
-    lengths: Tensor | None,
-    rows: Tensor,
-    given: Tensor,
-    mask_token_id: int,
-    guidance: float,
+    denoise: Denoise, tokens: Tensor, without: Tensor, lengths: Tensor | None, rows: Tensor, guidance: float
 ) -> Tensor:
-    """Classifier-free guidance with the prompt masked as the condition left out (Nie et al., arXiv 2410.18514)."""
-    without = tokens.masked_fill(given[:, : tokens.shape[1]], mask_token_id)
+    """Logits [n, vocab] fp64 of classifier-free guidance (Nie et al., arXiv 2410.18514).
+
+    The condition that is left out is the prompt: ``without`` is ``tokens`` [batch, seq] with [MASK] in its place.
+    """
     both = None if lengths is None else lengths.repeat(2)
     logits = denoise(torch.cat((tokens, without)), both, torch.cat((rows, rows + tokens.numel()))).double()
     conditional, unconditional = logits.chunk(2)

@@ -29,13 +29,14 @@ from megatron_dlm.flops import parameter_count
 from megatron_dlm.generation.denoiser import Denoiser
 from megatron_dlm.model.transformer import build_model
 from megatron_dlm.parallel.topology import initialize
-from megatron_dlm.shipped.sampler import SamplerOptions, next_token, sample
+from megatron_dlm.shipped.sampler import SamplerOptions, Vocabulary, next_token, sample
 from tests.runs import tiny_config
 
 PAPER_1B = ModelConfig(
     num_layers=26, hidden_size=1792, num_attention_heads=14, ffn_hidden_size=4736, qk_norm=False, tie_embeddings=True
 )
 VOCAB, MASK, END = 258, 257, 256
+IDS = Vocabulary(MASK)
 SMALL: dict[str, Any] = {"num_layers": 2, "head_dim": 24, "hidden_size": 32}
 
 
@@ -96,7 +97,7 @@ def test_the_sampler_costs_what_torch_counts(steps: int | None, block_length: in
     prompts = [[1, 2, 3], [4, MASK, 5, MASK, MASK, 6], [7] * 9]
     rows = [Row(3 + 8, 8), Row(6 + 8, 3 + 8), Row(9 + 8, 8)]
     options = SamplerOptions(steps=steps, block_length=block_length)
-    flops = counted(lambda: sample(denoiser, prompts, options, mask_token_id=MASK, max_new_tokens=8))
+    flops = counted(lambda: sample(denoiser, prompts, options, vocabulary=IDS, max_new_tokens=8))
     assert flops == sampler_flops(model, columns, rows, steps=steps, block_length=block_length)
     assert flops < sampler_flops(model, columns, [Row(17, 11)] * 3, steps=steps, block_length=block_length)
 
@@ -104,7 +105,7 @@ def test_the_sampler_costs_what_torch_counts(steps: int | None, block_length: in
 def test_guidance_costs_twice_as_much() -> None:
     denoiser, model, columns = small_denoiser()
     options = SamplerOptions(steps=4, guidance=1.5)
-    flops = counted(lambda: sample(denoiser, [[1, 2], [3]], options, mask_token_id=MASK, max_new_tokens=9))
+    flops = counted(lambda: sample(denoiser, [[1, 2], [3]], options, vocabulary=IDS, max_new_tokens=9))
     plain = sampler_flops(model, columns, [Row(11, 9), Row(10, 9)], steps=4)
     assert flops == sampler_flops(model, columns, [Row(11, 9), Row(10, 9)], steps=4, guidance=True) == 2 * plain
 
@@ -122,7 +123,7 @@ def test_a_row_that_has_ended_costs_nothing_more() -> None:
         return logits
 
     options = SamplerOptions(block_length=1)
-    arguments: dict[str, Any] = {"mask_token_id": MASK, "end_of_document_id": END, "max_new_tokens": 6}
+    arguments: dict[str, Any] = {"vocabulary": Vocabulary(MASK, END), "max_new_tokens": 6}
     flops = counted(lambda: sample(ends_the_first, [[1] * 9, [2]], options, **arguments))
     assert calls == [2, 2, 2, 1, 1, 1]
     assert flops == sampler_flops(model, columns, [Row(15, 6, finished_after=3), Row(7, 6)], block_length=1)
@@ -135,7 +136,7 @@ def test_an_export_costs_the_same_without_padded_columns() -> None:
     model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48)
     export = DLMForMaskedDiffusion(DLMConfig(**hugging_face(model), qk_norm=True, mask_token_id=MASK)).eval()
     options = SamplerOptions(steps=6, block_length=4)
-    flops = counted(lambda: sample(export.denoise, [[1, 2, 3]] * 2, options, mask_token_id=MASK, max_new_tokens=10))
+    flops = counted(lambda: sample(export.denoise, [[1, 2, 3]] * 2, options, vocabulary=IDS, max_new_tokens=10))
     assert flops - 6 * rotary(export, tokens=13) == sampler_flops(
         model, VOCAB, [Row(13, 10)] * 2, steps=6, block_length=4
     )
@@ -174,8 +175,8 @@ def test_autoregressive_with_a_cache_costs_what_torch_counts(prompt_tokens: int)
         num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, head_dim=24, ffn_hidden_size=48
     )
     qwen = Qwen3ForCausalLM(Qwen3Config(**hugging_face(model))).eval()
-    generate = cached_generation(qwen, ByteTokenizer())
-    arguments: dict[str, Any] = {"max_new_tokens": 9, "forbidden_token_ids": [END]}
+    generate = cached_generation(qwen)
+    arguments: dict[str, Any] = {"max_new_tokens": 9, "vocabulary": ByteTokenizer().vocabulary.forbidding([END])}
     flops = counted(lambda: generate([[5] * prompt_tokens], SamplerOptions(), **arguments))
     more = rotary(qwen, tokens=prompt_tokens + 9) + masked_half(model, prompt_tokens + 1)
     assert flops - more == autoregressive_flops(model, VOCAB, prompt_tokens=prompt_tokens, new_tokens=9)
@@ -184,9 +185,7 @@ def test_autoregressive_with_a_cache_costs_what_torch_counts(prompt_tokens: int)
 def test_autoregressive_without_a_cache_costs_what_torch_counts() -> None:
     denoiser, model, columns = small_denoiser(objective="autoregressive")
     options = SamplerOptions(block_length=1)
-    flops = counted(
-        lambda: sample(next_token(denoiser, END), [[1, 2, 3]], options, mask_token_id=MASK, max_new_tokens=6)
-    )
+    flops = counted(lambda: sample(next_token(denoiser, END), [[1, 2, 3]], options, vocabulary=IDS, max_new_tokens=6))
     more = sum(masked_half(model, 3 + new) for new in range(1, 7))
     formula = autoregressive_flops(model, columns, prompt_tokens=3, new_tokens=6, cached=False)
     assert flops - more == formula

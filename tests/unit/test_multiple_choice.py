@@ -192,9 +192,9 @@ def test_answers_are_the_likelihoods_of_the_options(autoregressive: bool, monkey
         for request, value, error in zip(requests, found[index].values, found[index].errors, strict=True):
             assert request.group == index
             if autoregressive:
-                (alone,) = exact_loglikelihoods(next_token(one.denoise, 256), [request])
+                (alone,) = exact_loglikelihoods(next_token(one.denoise, 256), [request], vocabulary=BYTES.vocabulary)
             else:
-                (alone,) = loglikelihoods(one.denoise, [request], options, mask_token_id=BYTES.mask_token_id)
+                (alone,) = loglikelihoods(one.denoise, [request], options, vocabulary=BYTES.vocabulary)
             assert (value, error) == pytest.approx((alone.value, alone.standard_error))
             assert autoregressive or (error or 0) > 0
     assert sum(rounds) == 20 and shares == sorted(shares) and shares[-1] == 1.0
