@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+import megatron_dlm.parallel  # noqa: F401  (prepares the machine before megatron is imported)
 from megatron_dlm.checkpoint.model_weights import load_weights
 from megatron_dlm.checkpoint.stored import StoredCheckpoint
 from megatron_dlm.config.tree import ParallelConfig
