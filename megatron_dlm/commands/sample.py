@@ -18,7 +18,8 @@ from megatron_dlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from megatron_dlm.generation.text_model import TextModel
-    from megatron_dlm.shipped.sampler import SamplerOptions, Step
+    from megatron_dlm.shipped.sampler import Step
+    from megatron_dlm.shipped.sampler_plan import SamplerOptions
 
 _BLOCK_LENGTH = 32
 
@@ -123,7 +124,7 @@ def _unescape(text: str) -> str:
 
 
 def _options(args: argparse.Namespace) -> SamplerOptions:
-    from megatron_dlm.shipped.sampler import SamplerOptions
+    from megatron_dlm.shipped.sampler_plan import SamplerOptions
 
     try:
         return SamplerOptions(**{field.name: getattr(args, field.name) for field in fields(SamplerOptions)})

@@ -12,13 +12,11 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_dlm.errors import DataError
 from megatron_dlm.packages import optional_module
-
-if TYPE_CHECKING:
-    from megatron_dlm.shipped.sampler import Vocabulary
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 MASK_PIECE = "<|mask|>"
 END_OF_DOCUMENT_PIECE = "<|end_of_document|>"
@@ -51,8 +49,6 @@ class Tokenizer(ABC):
     @property
     def vocabulary(self) -> Vocabulary:
         """The ids that have a meaning of their own; none is forbidden."""
-        from megatron_dlm.shipped.sampler import Vocabulary  # torch, which who only prepares data need not wait for
-
         return Vocabulary(self.mask_token_id, self.end_of_document_id, size=self.vocab_size)
 
     @abstractmethod

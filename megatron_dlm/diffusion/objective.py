@@ -23,7 +23,7 @@ from megatron_dlm.config.kinds import AUTOREGRESSIVE
 from megatron_dlm.config.tree import AutoregressiveConfig, Config, DiffusionConfig
 from megatron_dlm.diffusion.schedule import levels_and_weights, pair_levels_and_weights
 from megatron_dlm.diffusion.weighting import cart_weights
-from megatron_dlm.shipped.sampler import Vocabulary
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 # A GEMM likes it, and the lists of successive micro-batches then mostly have the same length.
 _ROW_MULTIPLE = 128

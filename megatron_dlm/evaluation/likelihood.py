@@ -24,7 +24,8 @@ from megatron_dlm.evaluation.likelihood_masks import (
     plan,
 )
 from megatron_dlm.evaluation.likelihood_rows import RowScorer, Unit
-from megatron_dlm.shipped.sampler import Denoise, SamplerOptions, Vocabulary, sample
+from megatron_dlm.shipped.sampler import Denoise, sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 
 Progress = Callable[[int, int], None]
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.evaluation.likelihood_masks import Plan
-from megatron_dlm.shipped.sampler import Denoise, Vocabulary
+from megatron_dlm.shipped.sampler import Denoise
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 # Logits that are held in fp64 at a time.
 _CHUNK = 1 << 24

@@ -23,7 +23,7 @@ from megatron_dlm.evaluation.likelihood_masks import TOKENS_PER_BATCH, Likelihoo
 from megatron_dlm.generation.text_model import TextModel
 from megatron_dlm.preparation.documents import Document, find_inputs, read_documents
 from megatron_dlm.preparation.selection import utf8
-from megatron_dlm.shipped.sampler import Vocabulary
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 Progress = Callable[[int, int], None]
 

@@ -11,7 +11,8 @@ import torch
 
 from megatron_dlm.errors import ConfigError
 from megatron_dlm.packages import optional_module
-from megatron_dlm.shipped.sampler import Denoise, SamplerOptions, Samples, Step, Vocabulary
+from megatron_dlm.shipped.sampler import Denoise, Samples, Step
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 
 _AUTOREGRESSIVE = ("qwen3", "llama")
 _REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys")

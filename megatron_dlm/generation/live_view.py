@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import NamedTuple, TextIO
 
 from megatron_dlm.generation.trace import CONTROL_SYMBOL, Speller, end_of_row, visible
-from megatron_dlm.shipped.sampler import Step, Vocabulary
+from megatron_dlm.shipped.sampler import Step
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 _FRAME_SECONDS = 0.05
 _SHARE = 0.1  # of the time, at most, goes into drawing

@@ -14,7 +14,8 @@ from megatron_dlm.config.kinds import AUTOREGRESSIVE, MASKED_DIFFUSION, Kind
 from megatron_dlm.config.tree import ParallelConfig
 from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dlm.errors import ConfigError
-from megatron_dlm.shipped.sampler import Denoise, SamplerOptions, Samples, Step, Vocabulary, next_token, sample
+from megatron_dlm.shipped.sampler import Denoise, Samples, Step, next_token, sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 
 if TYPE_CHECKING:
     from megatron_dlm.parallel.topology import Topology

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_dlm.shipped.sampler import Step, Vocabulary
+from megatron_dlm.shipped.sampler import Step
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 CONTROL_SYMBOL = "\u25ca"
 """Shown for a token that has no text, such as end-of-document."""

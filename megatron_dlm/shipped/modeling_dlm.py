@@ -18,7 +18,8 @@ from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel
 
 from .configuration_dlm import DLMConfig
-from .sampler import SamplerOptions, Samples, Step, Vocabulary, sample
+from .sampler import Samples, Step, sample
+from .sampler_plan import SamplerOptions, Vocabulary
 
 _IGNORED = -100
 # Arguments of other models' generate that callers pass by habit, and the values that ask for nothing here; () any.
@@ -144,8 +145,8 @@ class DLMForMaskedDiffusion(Qwen3PreTrainedModel, GenerationMixin):
             on_step: see ``sampler.sample``.
             return_dict_in_generate: return what the sampler counted as well.
             kwargs: ``max_new_tokens`` (0: fill in the prompts' masks only), and the fields of
-                ``sampler.SamplerOptions``: ``steps``, ``block_length``, ``remasking``, ``threshold``, ``temperature``,
-                ``top_p``, ``guidance``, ``seed``.
+                ``sampler_plan.SamplerOptions``: ``steps``, ``block_length``, ``remasking``, ``threshold``,
+                ``temperature``, ``top_p``, ``guidance``, ``seed``.
 
         Returns:
             [batch, seq + max_new_tokens] int64: the prompts as they were padded, filled in, and the new tokens;

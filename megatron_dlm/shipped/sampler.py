@@ -1,19 +1,19 @@
 """Text out of a masked diffusion model: masks are filled in, the most certain first, as in LLaDA.
 
-Pure functions of ``denoise``. This file imports torch only, because a copy of it ships inside every export.
+Pure functions of ``denoise``. This file imports torch and its neighbour only, because copies of both ship inside every
+export.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Remasking = Literal["low_confidence", "margin", "entropy", "random"]
+from .sampler_plan import SamplerOptions, Vocabulary, plan
 
 Denoise = Callable[[Tensor, "Tensor | None", Tensor], Tensor]
 """``denoise(tokens, lengths, rows) -> logits``.
@@ -21,76 +21,6 @@ Denoise = Callable[[Tensor, "Tensor | None", Tensor], Tensor]
 tokens: [batch, seq] int64; lengths: [batch] int64 on the CPU, real tokens of every row, or None where all are full;
 rows: [n] int64, flat indices into [batch * seq] of the positions that are asked for; logits: [n, vocab].
 """
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The ids that have a meaning of their own."""
-
-    mask_token_id: int
-    end_of_document_id: int | None = None
-    """Ends a text; None: texts have no end but their length."""
-    forbidden_token_ids: tuple[int, ...] = ()
-    """Never written, though they may be read; [MASK] need not be among them."""
-    size: int | None = None
-    """Ids of texts are below it, [MASK] and end-of-document too; None: not known."""
-
-    @property
-    def unwritten(self) -> list[int]:
-        """The ids that are never written, [MASK] included, in ascending order."""
-        return sorted({self.mask_token_id, *self.forbidden_token_ids})
-
-    def forbidding(self, ids: Iterable[int]) -> Vocabulary:
-        """The same vocabulary with more ids that are never written."""
-        return replace(self, forbidden_token_ids=(*self.forbidden_token_ids, *ids))
-
-
-@dataclass(frozen=True)
-class SamplerOptions:
-    """How masks are filled in. Raises ``ValueError`` for what contradicts itself, in one line."""
-
-    steps: int | None = None
-    """Denoising steps of every sequence, divided over its blocks by their masks; None: one for each token."""
-    block_length: int | None = None
-    """Masks that are filled in before those to their right are; None: all at once."""
-    remasking: Remasking = "low_confidence"
-    """Which candidates are kept: those of the largest probability, of the largest margin between the two best tokens,
-    of the smallest entropy, or any; the others stay masked."""
-    threshold: float | None = None
-    """Keep every candidate whose confidence is above this, and at least one, instead of a fixed number a step. From 0
-    to 1; for entropy, whose negative is the confidence, at most 0."""
-    temperature: float = 0.0
-    """Of the Gumbel noise on the logits; 0: the token of the largest logit."""
-    top_p: float = 1.0
-    """Draw from the smallest set of tokens that has this much probability (with a temperature)."""
-    guidance: float = 0.0
-    """Classifier-free guidance: logits = without + (guidance + 1) * (with - without the prompt); 0: none."""
-    seed: int = 0
-    """Row i of a batch draws from (seed, i), whatever else is in the batch."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "block_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.remasking not in get_args(Remasking):
-            raise ValueError(f"remasking {self.remasking!r} is unknown; choose from {', '.join(get_args(Remasking))}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be a finite number, at least 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if not -1 <= self.guidance < float("inf"):
-            raise ValueError(f"guidance is {self.guidance}; it must be a finite number, at least -1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}; it must be at least 0 and below 2**32")
-        if self.threshold is not None:
-            if self.steps is not None:
-                raise ValueError("steps and threshold both say how many tokens a step fills in; give one of them")
-            if self.remasking == "random":
-                raise ValueError("threshold needs a confidence, which random remasking has not; choose another")
-            low, high = (float("-inf"), 0.0) if self.remasking == "entropy" else (0.0, 1.0)
-            if not low <= self.threshold <= high:
-                raise ValueError(f"threshold is {self.threshold}; with {self.remasking} it is from {low:g} to {high:g}")
 
 
 class Step(NamedTuple):
@@ -234,29 +164,13 @@ class _State:
         self.masked = inside & (self.tokens == mask)
         self.given = inside & ~self.masked
         self.block = (self.masked.cumsum(1) - 1) // min(options.block_length or width, width)
-        self.quotas = [self._quotas(int(count)) for count in self.masked.sum(1)]
+        self.plans = [plan(count, options.steps, options.block_length) for count in self.masked.sum(1).tolist()]
         self.taken = [0] * len(prompts)  # steps of every row
         self.generators = [
             torch.Generator(device).manual_seed(_mixed(options.seed, row)) for row in range(len(prompts))
         ]
         self.revealed = torch.zeros_like(self.masked)
         self.confidence = torch.zeros_like(self.tokens, dtype=torch.float32)
-
-    def _quotas(self, masks: int) -> list[int]:
-        """Tokens that a row of so many masks keeps in each of its steps; with a threshold not used."""
-        length = self.options.block_length or max(masks, 1)
-        blocks = [min(length, masks - start) for start in range(0, masks, length)]
-        if self.options.steps is None:
-            return [1] * masks
-        if self.options.steps < len(blocks):
-            raise ValueError(
-                f"steps ({self.options.steps}) must be at least the number of blocks ({len(blocks)}); give more, or a "
-                "larger block_length"
-            )
-        quotas = []
-        for count, steps in zip(blocks, _shared(self.options.steps, blocks), strict=True):
-            quotas += [count // steps + (step < count % steps) for step in range(steps)]
-        return quotas
 
     def unfinished(self) -> list[int]:
         """Rows with a mask, and one before the first new end-of-document."""
@@ -285,7 +199,7 @@ class _State:
         scores = scores.index_copy_(0, rows, confidence).view(len(active), width)
         order = scores.argsort(dim=1, descending=True, stable=True)
         if self.options.threshold is None:
-            quota = torch.tensor([self.quotas[row][self.taken[row]] for row in active], device=scores.device)
+            quota = torch.tensor([self.plans[row][self.taken[row]].kept for row in active], device=scores.device)
             best = torch.arange(width, device=scores.device) < quota[:, None]
             keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, best)
         else:
@@ -315,17 +229,6 @@ class _State:
                 stop = row.index(end, start)
                 row[stop:] = [end] * (len(row) - stop)
         return rows
-
-
-def _shared(steps: int, blocks: list[int]) -> list[int]:
-    """Steps of every block, at least one and at most one for each of its masks; equal blocks share as in LLaDA."""
-    total = sum(blocks)
-    steps = min(steps, total)
-    shares = [max(1, steps * count // total) for count in blocks]
-    for index, count in enumerate(blocks):
-        if sum(shares) < steps and shares[index] < count:
-            shares[index] += 1
-    return shares
 
 
 def _mixed(seed: int, row: int) -> int:

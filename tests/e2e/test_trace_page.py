@@ -19,7 +19,8 @@ import torch
 
 from megatron_dlm.generation.trace import Recorder, Trace
 from megatron_dlm.generation.trace_page import write
-from megatron_dlm.shipped.sampler import Step, Vocabulary
+from megatron_dlm.shipped.sampler import Step
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 _PATIENCE_SECONDS = 20.0
 # Becomes the browser, which takes commands on descriptor 3 and answers on 4.

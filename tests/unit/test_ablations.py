@@ -16,7 +16,7 @@ from megatron_dlm.config.tree import Config
 from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.diffusion.objective import build_objective
 from megatron_dlm.parallel.topology import initialize
-from megatron_dlm.shipped.sampler import Vocabulary
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 from megatron_dlm.training.batches import BatchStream
 from megatron_dlm.training.held_out import held_out_nelbo
 from megatron_dlm.training.setup import build

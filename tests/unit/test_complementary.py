@@ -15,7 +15,7 @@ from dlm_kernels.types import NoiseMode
 from megatron_dlm.config.tree import Config, DiffusionConfig
 from megatron_dlm.diffusion.objective import Batch, MaskedDiffusion
 from megatron_dlm.errors import ConfigError
-from megatron_dlm.shipped.sampler import Vocabulary
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 from megatron_dlm.training.batches import BatchStream
 from megatron_dlm.training.setup import total_steps
 from tests.enumeration import MASK_ID as TINY_MASK

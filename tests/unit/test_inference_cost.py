@@ -29,7 +29,8 @@ from megatron_dlm.flops import parameter_count
 from megatron_dlm.generation.denoiser import Denoiser
 from megatron_dlm.model.transformer import build_model
 from megatron_dlm.parallel.topology import initialize
-from megatron_dlm.shipped.sampler import SamplerOptions, Vocabulary, next_token, sample
+from megatron_dlm.shipped.sampler import next_token, sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 from tests.runs import tiny_config
 
 PAPER_1B = ModelConfig(
@@ -83,7 +84,7 @@ def test_fewer_steps_and_growing_blocks_cost_what_their_forwards_do() -> None:
 
     assert published.diffusion(64, steps=16) == 16 * forward(64)
     assert published.diffusion(64, block_length=24) == 24 * forward(24) + 24 * forward(48) + 16 * forward(64)
-    assert published.diffusion(64, steps=7, block_length=24) == 3 * forward(24) + 2 * forward(48) + 2 * forward(64)
+    assert published.diffusion(64, steps=7, block_length=24) == 3 * forward(24) + 3 * forward(48) + forward(64)
     assert published.diffusion(8, steps=99) == 8 * forward(8), "a step fills in one token at least"
     with pytest.raises(ValueError, match=r"steps \(2\) must be at least the number of blocks \(3\)"):
         published.diffusion(64, steps=2, block_length=24)
@@ -100,6 +101,25 @@ def test_the_sampler_costs_what_torch_counts(steps: int | None, block_length: in
     flops = counted(lambda: sample(denoiser, prompts, options, vocabulary=IDS, max_new_tokens=8))
     assert flops == sampler_flops(model, columns, rows, steps=steps, block_length=block_length)
     assert flops < sampler_flops(model, columns, [Row(17, 11)] * 3, steps=steps, block_length=block_length)
+
+
+def test_every_forward_of_the_sampler_is_counted() -> None:
+    """Blocks that differ in length do not share steps equally; the model here does nothing but count."""
+    model = ModelConfig(num_layers=3, hidden_size=8, num_attention_heads=2, ffn_hidden_size=5)
+    spent: list[int] = []
+
+    def denoise(tokens: Tensor, lengths: Tensor | None, rows: Tensor) -> Tensor:
+        sizes = [tokens.shape[1]] * len(tokens) if lengths is None else lengths.tolist()
+        spent.append(forward_flops(model, 6, sizes, head_rows=len(rows)))
+        return torch.zeros(len(rows), 6)
+
+    for new, steps, block_length in [(40, 20, 32), (100, 50, 32), *product((5, 33), (None, 7, 90), (None, 8, 32))]:
+        prompts = [[1] * 9, [2, 5, 2, 5], [3]]  # 5 is the mask
+        rows = [Row(9 + new, new), Row(4 + new, 2 + new), Row(1 + new, new)]
+        options = SamplerOptions(steps=steps, block_length=block_length)
+        spent.clear()
+        sample(denoise, prompts, options, vocabulary=Vocabulary(5), max_new_tokens=new)
+        assert sum(spent) == sampler_flops(model, 6, rows, steps=steps, block_length=block_length)
 
 
 def test_guidance_costs_twice_as_much() -> None:

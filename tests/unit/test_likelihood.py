@@ -22,7 +22,8 @@ from megatron_dlm.evaluation.likelihood import (
     masked_loglikelihood,
     rolling,
 )
-from megatron_dlm.shipped.sampler import SamplerOptions, Vocabulary, sample
+from megatron_dlm.shipped.sampler import sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 from tests.enumeration import MASK_ID, TinyPredictor
 
 VOCAB, MASK = 23, 22

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.evaluation.likelihood import LogLikelihood, Request, exact_loglikelihoods, rolling
-from megatron_dlm.shipped.sampler import SamplerOptions, Vocabulary, next_token, sample
+from megatron_dlm.shipped.sampler import next_token, sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 
 VOCAB, MASK, END = 23, 22, 21
 IDS = Vocabulary(MASK)

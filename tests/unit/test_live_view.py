@@ -13,7 +13,8 @@ import torch
 
 from megatron_dlm.data.tokenizer import ByteTokenizer
 from megatron_dlm.generation.live_view import LiveView
-from megatron_dlm.shipped.sampler import Step, Vocabulary
+from megatron_dlm.shipped.sampler import Step
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 TOKENIZER = ByteTokenizer()
 MASK, END = TOKENIZER.mask_token_id, TOKENIZER.end_of_document_id

@@ -14,7 +14,8 @@ from megatron_dlm.config.tree import DiffusionConfig
 from megatron_dlm.diffusion.objective import MaskedDiffusion
 from megatron_dlm.shipped.configuration_dlm import DLMConfig
 from megatron_dlm.shipped.modeling_dlm import DLMForMaskedDiffusion
-from megatron_dlm.shipped.sampler import SamplerOptions, Vocabulary, sample
+from megatron_dlm.shipped.sampler import sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 
 VOCAB, END, MASK = 50, 48, 49
 SHAPES = [{"qk_norm": True}, {"qk_norm": False, "num_key_value_heads": 4}, {"tie_word_embeddings": True}]

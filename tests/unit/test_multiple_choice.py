@@ -26,7 +26,8 @@ from megatron_dlm.evaluation.multiple_choice import (
 from megatron_dlm.evaluation.scoring import encode_pair, score
 from megatron_dlm.evaluation.tasks import Question, Task
 from megatron_dlm.generation.text_model import TextModel
-from megatron_dlm.shipped.sampler import SamplerOptions, next_token
+from megatron_dlm.shipped.sampler import next_token
+from megatron_dlm.shipped.sampler_plan import SamplerOptions
 from tests.questions import rigged
 
 BYTES = ByteTokenizer()

@@ -15,7 +15,7 @@ from megatron_dlm.config.tree import AutoregressiveConfig, Config, DiffusionConf
 from megatron_dlm.diffusion.objective import Autoregressive, Batch, MaskedDiffusion, _capacity, build_objective
 from megatron_dlm.diffusion.schedule import levels_and_weights
 from megatron_dlm.errors import ConfigError
-from megatron_dlm.shipped.sampler import Vocabulary
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 from tests.enumeration import MASK_ID as TINY_MASK
 from tests.enumeration import SEQ as TINY_SEQ
 from tests.enumeration import TinyPredictor

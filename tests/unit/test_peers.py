@@ -20,7 +20,7 @@ from megatron_dlm.config.tree import DiffusionConfig
 from megatron_dlm.diffusion.objective import MaskedDiffusion
 from megatron_dlm.diffusion.schedule import elbo_weight, levels_and_weights, mask_probability
 from megatron_dlm.diffusion.weighting import cart_weights
-from megatron_dlm.shipped.sampler import Vocabulary
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 from tests.enumeration import SEQ as TINY_SEQ
 from tests.enumeration import TinyPredictor
 

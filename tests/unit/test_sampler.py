@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dlm.shipped.sampler import SamplerOptions, Step, Vocabulary, next_token, sample
+from megatron_dlm.shipped.sampler import Step, next_token, sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary, plan
 
 VOCAB, MASK, END = 23, 22, 21
 IDS, ENDING = Vocabulary(MASK), Vocabulary(MASK, END)
@@ -203,11 +205,37 @@ def test_random_remasking_keeps_any_place_and_every_seed_is_its_own() -> None:
 
 
 def test_steps_are_divided_by_masks() -> None:
-    for masks, steps, forwards in ((33, 33, 33), (40, 40, 40), (100, 50, 50), (33, 2, 2), (33, 99, 33)):
+    for masks, steps, forwards in ((33, 33, 33), (40, 40, 40), (40, 20, 20), (100, 50, 50), (33, 2, 2), (33, 99, 33)):
         options = SamplerOptions(steps=steps, block_length=32)
         model = Bidirectional()
         model.position = model.position.repeat(3, 1)
         assert sample(model, [[1]], options, vocabulary=IDS, max_new_tokens=masks).forwards == forwards
+        assert len(plan(masks, steps, 32)) == forwards
+    with pytest.raises(ValueError, match=r"steps \(1\) must be at least the number of blocks \(2\)"):
+        plan(33, 1, 32)
+
+
+@pytest.mark.parametrize("block_length", [None, 1, 5, 32])
+@pytest.mark.parametrize("steps", [None, 40, 50])
+def test_the_plan_is_what_the_sampler_does(steps: int | None, block_length: int | None) -> None:
+    called: list[int] = []
+
+    def denoise(tokens: Tensor, lengths: Tensor | None, rows: Tensor) -> Tensor:
+        called.append(len(rows))
+        return torch.zeros(len(rows), VOCAB)
+
+    several = [[1, MASK, 2], [3] * 6, [4, MASK, MASK, MASK]]
+    for prompts, new in itertools.product(([[1]], several), (0, 1, 7, 37)):
+        called.clear()
+        seen: list[Step] = []
+        options = SamplerOptions(steps=steps, block_length=block_length)
+        sample(denoise, prompts, options, vocabulary=IDS, max_new_tokens=new, on_step=seen.append)
+        plans = [plan(prompt.count(MASK) + new, steps, block_length) for prompt in prompts]
+        asked = [sum(row[i].asked for row in plans if i < len(row)) for i in range(max(map(len, plans)))]
+        assert called == asked
+        for row, planned in enumerate(plans):
+            kept = [int(step.revealed[row].sum()) for step in seen[1 : len(planned) + 1]]
+            assert kept == [step.kept for step in planned]
 
 
 def test_infilling_reads_both_sides_and_changes_nothing_else() -> None:

@@ -16,7 +16,8 @@ from megatron_dlm.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Sen
 from megatron_dlm.errors import DataError
 from megatron_dlm.generation.trace import Cell, Fill, Recorder, Speller, Trace, TraceRow, visible
 from megatron_dlm.generation.trace_page import render, write
-from megatron_dlm.shipped.sampler import SamplerOptions, Step, Vocabulary, sample
+from megatron_dlm.shipped.sampler import Step, sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 
 BYTES = ByteTokenizer()
 MASK, END = BYTES.mask_token_id, BYTES.end_of_document_id

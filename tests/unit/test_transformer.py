@@ -15,7 +15,7 @@ from megatron_dlm.diffusion.objective import build_objective
 from megatron_dlm.generation.denoiser import Denoiser
 from megatron_dlm.model.transformer import DiffusionTransformer, build_model
 from megatron_dlm.parallel.topology import initialize
-from megatron_dlm.shipped.sampler import Vocabulary
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 from tests.runs import tiny_config
 
 VOCAB = 250

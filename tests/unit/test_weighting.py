@@ -14,7 +14,7 @@ from dlm_kernels.reference import cross_entropy, linear_cross_entropy
 from megatron_dlm.config.tree import DiffusionConfig
 from megatron_dlm.diffusion.objective import Batch, MaskedDiffusion
 from megatron_dlm.diffusion.weighting import CART_Q, cart_weights
-from megatron_dlm.shipped.sampler import Vocabulary
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 BATCH, SEQ, HIDDEN, MASK = 8, 24, 5, 40
 OPTIONS: list[dict[str, Any]] = [
