@@ -133,11 +133,7 @@ def noise_of_checkpoint(training: Any, options: dict, draws: int) -> tuple[np.nd
     for i in range(draws):
         # The data set has a seed of its own, so that another one here changes the masks and nothing else.
         noisy = replace(config, run=replace(config.run, seed=i))
-        objective = build_objective(
-            noisy,
-            mask_token_id=training.tokenizer.mask_token_id,
-            end_of_document_id=training.tokenizer.end_of_document_id,
-        )
+        objective = build_objective(noisy, training.tokenizer.vocabulary)
         stream = BatchStream(config, training.train_stream.dataset, objective, training.topology)
         micro_batches = accumulate_gradients(
             training,

@@ -20,7 +20,7 @@ import torch
 from megatron_dlm.generation.text_model import TextModel, open_text_model
 from megatron_dlm.hf.export import export
 from megatron_dlm.parallel.topology import shutdown
-from megatron_dlm.shipped.sampler import SamplerOptions
+from megatron_dlm.shipped.sampler_plan import SamplerOptions
 
 
 def main() -> None:

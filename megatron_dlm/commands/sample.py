@@ -18,7 +18,8 @@ from megatron_dlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from megatron_dlm.generation.text_model import TextModel
-    from megatron_dlm.shipped.sampler import SamplerOptions, Step
+    from megatron_dlm.shipped.sampler import Step
+    from megatron_dlm.shipped.sampler_plan import SamplerOptions
 
 _BLOCK_LENGTH = 32
 
@@ -123,7 +124,7 @@ def _unescape(text: str) -> str:
 
 
 def _options(args: argparse.Namespace) -> SamplerOptions:
-    from megatron_dlm.shipped.sampler import SamplerOptions
+    from megatron_dlm.shipped.sampler_plan import SamplerOptions
 
     try:
         return SamplerOptions(**{field.name: getattr(args, field.name) for field in fields(SamplerOptions)})
@@ -159,24 +160,20 @@ def _sample(
 
     tokenizer, infill = model.tokenizer, args.infill is not None
     views: list[Callable[[Step], None]] = []
-    control: dict[str, Any] = {
-        "mask_token_id": tokenizer.mask_token_id,
-        "end_of_document_id": tokenizer.end_of_document_id,
-    }
-    recorder = Recorder(tokenizer.decode, **control)
+    if infill:  # such a text goes on behind its holes
+        model = model.forbidding([tokenizer.end_of_document_id])
+    recorder = Recorder(tokenizer.decode, model.vocabulary)
     if args.trace and first:
         views.append(recorder)
     with contextlib.ExitStack() as stack:
         if first and not args.no_live and sys.stdout.isatty():
-            view = LiveView(tokenizer.decode, stream=sys.stdout, text_at_end=False, **control)
+            view = LiveView(tokenizer.decode, model.vocabulary, sys.stdout, text_at_end=False)
             views.append(stack.enter_context(view))
         started = time.perf_counter()
         samples = model.generate(
             prompts,
             options,
             max_new_tokens=_new_tokens(args),
-            # An infilled text goes on behind its holes.
-            forbidden_token_ids=[tokenizer.end_of_document_id] if infill else [],
             on_step=(lambda step: [view(step) for view in views]) if views else None,
         )
         seconds = time.perf_counter() - started

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from megatron_dlm.config.tree import ModelConfig
+from megatron_dlm.shipped.sampler_plan import plan
 
 LENGTHS = (16, 64, 256, 1024, 4096)
 """New tokens of the published comparison."""
@@ -49,12 +50,8 @@ class PublishedConvention(NamedTuple):
         Raises:
             ValueError: fewer steps than blocks.
         """
-        total: int = 0
-        length = 0
-        for size, block_steps in _blocks(tokens, steps, block_length):
-            length = length + size if block_length else tokens
-            total += block_steps * (2 * self.parameters * length + 4 * self.layers * self.width * length**2)
-        return total
+        read = [step.reached for step in plan(tokens, steps, block_length)]
+        return sum(2 * self.parameters * length + 4 * self.layers * self.width * length**2 for length in read)
 
     def ratio(self, tokens: int, *, steps: int | None = None, block_length: int | None = None) -> float:
         """FLOPs of diffusion over those of autoregressive: (2 N L^2 + 4 n d L^3) / (2 N L + 2 n d L (L + 1)) with
@@ -104,7 +101,7 @@ def sampler_flops(
     block_length: int | None = None,
     guidance: bool = False,
 ) -> int:
-    """FLOPs of ``diffusion.sampler.sample`` for a batch: the sum of ``forward_flops`` over its steps.
+    """FLOPs of ``sampler.sample`` for a batch: the sum of ``forward_flops`` over its steps.
 
     Every step reads whole rows, masks behind the current block included; the head is computed for the masks of the
     current block only, and finished rows are dropped. Not for a ``threshold``, where the text decides on the steps.
@@ -118,10 +115,14 @@ def sampler_flops(
     Raises:
         ValueError: fewer steps than blocks.
     """
-    plans = [_head_rows(row.masks, steps, block_length)[: row.finished_after] for row in rows]
+    plans = [plan(row.masks, steps, block_length)[: row.finished_after] for row in rows]
     total = 0
-    for step in range(max(map(len, plans), default=0)):
-        active = [(row.tokens, plan[step]) for row, plan in zip(rows, plans, strict=True) if step < len(plan)]
+    for number in range(max(map(len, plans), default=0)):
+        active = [
+            (row.tokens, planned[number].asked)
+            for row, planned in zip(rows, plans, strict=True)
+            if number < len(planned)
+        ]
         lengths, asked = zip(*active, strict=True)
         total += forward_flops(model, vocab_size, lengths, head_rows=sum(asked))
     return total * (2 if guidance else 1)
@@ -247,26 +248,3 @@ def _layer_weights(model: ModelConfig) -> int:
 
 def _attention_width(model: ModelConfig) -> int:
     return model.num_attention_heads * model.resolved_head_dim
-
-
-def _blocks(masks: int, steps: int | None, block_length: int | None) -> list[tuple[int, int]]:
-    """(masks, steps) of every block, shared out as the sampler does. Raises ``ValueError`` for too few steps."""
-    length = block_length or max(masks, 1)
-    sizes = [min(length, masks - start) for start in range(0, masks, length)]
-    if steps is None:
-        return [(size, size) for size in sizes]
-    if steps < len(sizes):
-        raise ValueError(f"steps ({steps}) must be at least the number of blocks ({len(sizes)}); give more of them")
-    share, extra = divmod(steps, max(len(sizes), 1))
-    return [(size, min(share + (index < extra), size)) for index, size in enumerate(sizes)]
-
-
-def _head_rows(masks: int, steps: int | None, block_length: int | None) -> list[int]:
-    """Masks of the current block before every step."""
-    rows = []
-    for size, block_steps in _blocks(masks, steps, block_length):
-        left = size
-        for step in range(block_steps):
-            rows.append(left)
-            left -= size // block_steps + (step < size % block_steps)
-    return rows

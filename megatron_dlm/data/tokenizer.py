@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_dlm.errors import DataError
 from megatron_dlm.packages import optional_module
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 MASK_PIECE = "<|mask|>"
 END_OF_DOCUMENT_PIECE = "<|end_of_document|>"
@@ -44,6 +45,11 @@ class Tokenizer(ABC):
     fingerprint: str
     source: str
     content: bytes
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The ids that have a meaning of their own; none is forbidden."""
+        return Vocabulary(self.mask_token_id, self.end_of_document_id, size=self.vocab_size)
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

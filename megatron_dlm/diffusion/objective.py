@@ -23,6 +23,7 @@ from megatron_dlm.config.kinds import AUTOREGRESSIVE
 from megatron_dlm.config.tree import AutoregressiveConfig, Config, DiffusionConfig
 from megatron_dlm.diffusion.schedule import levels_and_weights, pair_levels_and_weights
 from megatron_dlm.diffusion.weighting import cart_weights
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 # A GEMM likes it, and the lists of successive micro-batches then mostly have the same length.
 _ROW_MULTIPLE = 128
@@ -74,8 +75,7 @@ class MaskedDiffusion:
         config: DiffusionConfig,
         *,
         seed: int,
-        mask_token_id: int,
-        end_of_document_id: int,
+        vocabulary: Vocabulary,
         sequence_length: int,
         implementation: Implementation = "auto",
     ) -> None:
@@ -83,18 +83,19 @@ class MaskedDiffusion:
         Args:
             config: the `diffusion` section.
             seed: of the run, 64 bits.
-            mask_token_id, end_of_document_id: control symbols of the vocabulary.
+            vocabulary: whose end-of-document fills up what is shorter than a sequence.
             sequence_length: tokens, below 2**22.
             implementation: of the masking; both mask the same tokens.
 
         Raises:
             ConfigError: a contradiction within the section.
+            ValueError: the vocabulary has no end-of-document.
         """
         check_diffusion(config)
         self.config = config
         self.seed = seed
-        self.mask_token_id = mask_token_id
-        self.end_of_document_id = end_of_document_id
+        self.mask_token_id = vocabulary.mask_token_id
+        self.end_of_document_id = _end_of_document_id(vocabulary)
         self.sequence_length = sequence_length
         self.implementation = implementation
 
@@ -244,19 +245,22 @@ class Autoregressive:
         config: AutoregressiveConfig,
         *,
         seed: int,
-        mask_token_id: int,
-        end_of_document_id: int,
+        vocabulary: Vocabulary,
         sequence_length: int,
     ) -> None:
         """
         Args:
             config: the `autoregressive` section.
-            seed, mask_token_id, end_of_document_id, sequence_length: as for `MaskedDiffusion`.
+            seed, sequence_length: as for `MaskedDiffusion`.
+            vocabulary: whose end-of-document comes before every sequence.
+
+        Raises:
+            ValueError: the vocabulary has no end-of-document.
         """
         self.config = config
         self.seed = seed
-        self.mask_token_id = mask_token_id
-        self.end_of_document_id = end_of_document_id
+        self.mask_token_id = vocabulary.mask_token_id
+        self.end_of_document_id = _end_of_document_id(vocabulary)
         self.sequence_length = sequence_length
 
     def lengths(self, sample_ids: np.ndarray, purpose: Purpose = Purpose.TRAIN) -> Tensor | None:
@@ -303,7 +307,7 @@ class Autoregressive:
         )
 
 
-def build_objective(config: Config, *, mask_token_id: int, end_of_document_id: int) -> MaskedDiffusion | Autoregressive:
+def build_objective(config: Config, vocabulary: Vocabulary) -> MaskedDiffusion | Autoregressive:
     """The objective of `model.objective`.
 
     Raises:
@@ -311,13 +315,18 @@ def build_objective(config: Config, *, mask_token_id: int, end_of_document_id: i
     """
     common: dict[str, Any] = {
         "seed": config.run.seed,
-        "mask_token_id": mask_token_id,
-        "end_of_document_id": end_of_document_id,
+        "vocabulary": vocabulary,
         "sequence_length": config.data.sequence_length,
     }
     if config.model.kind is AUTOREGRESSIVE:
         return Autoregressive(config.autoregressive, **common)
     return MaskedDiffusion(config.diffusion, **common, implementation=config.kernels.implementation)
+
+
+def _end_of_document_id(vocabulary: Vocabulary) -> int:
+    if vocabulary.end_of_document_id is None:
+        raise ValueError("training needs an end-of-document; give a vocabulary that has one")
+    return vocabulary.end_of_document_id
 
 
 def _cart(rows: Tensor, batch: int, seq: int, eligible: Tensor | None) -> Tensor:

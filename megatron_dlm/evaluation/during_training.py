@@ -13,7 +13,7 @@ from megatron_dlm.evaluation.run_tasks import flat
 from megatron_dlm.evaluation.tasks import load_task
 from megatron_dlm.generation.denoiser import Denoiser
 from megatron_dlm.generation.text_model import TextModel
-from megatron_dlm.shipped.sampler import SamplerOptions
+from megatron_dlm.shipped.sampler_plan import SamplerOptions
 from megatron_dlm.training.evaluator import Sample
 from megatron_dlm.training.state import Training
 

@@ -24,7 +24,8 @@ from megatron_dlm.evaluation.likelihood_masks import (
     plan,
 )
 from megatron_dlm.evaluation.likelihood_rows import RowScorer, Unit
-from megatron_dlm.shipped.sampler import Denoise, SamplerOptions, sample
+from megatron_dlm.shipped.sampler import Denoise, sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 
 Progress = Callable[[int, int], None]
 
@@ -70,9 +71,8 @@ def loglikelihoods(
     requests: Sequence[Request],
     options: LikelihoodOptions | None = None,
     *,
-    mask_token_id: int,
+    vocabulary: Vocabulary,
     device: torch.device | str = "cpu",
-    forbidden_token_ids: Sequence[int] = (),
     greedy: bool = False,
     on_progress: Progress | None = None,
 ) -> list[LogLikelihood]:
@@ -87,8 +87,8 @@ def loglikelihoods(
 
     Args:
         denoise: the model; see ``Denoise``.
+        vocabulary: what it forbids, greedy decoding never writes. The values do not depend on that.
         device: of the tensors that ``denoise`` is given.
-        forbidden_token_ids: ids that greedy decoding never writes, besides [MASK]. The values do not depend on them.
         greedy: also find ``is_greedy``: masks in the target's place are filled in one by one, the most certain first,
             which costs L' forwards for every context and length.
         on_progress: called with what is done and what is to be done: a request counts once, with ``greedy`` twice.
@@ -98,22 +98,27 @@ def loglikelihoods(
             NaN. One line.
     """
     options = options or LikelihoodOptions()
-    _check(requests, mask_token_id)
+    _check(requests, vocabulary.mask_token_id)
     scorer = RowScorer(
         denoise,
         tokens_per_batch=options.tokens_per_batch,
         device=device,
+        vocabulary=vocabulary,
         guidance=options.guidance,
-        mask_token_id=mask_token_id,
     )
     progress = _Progress(on_progress, len(requests) * (2 if greedy else 1))
     keys = [(request.group, tuple(request.context), len(request.target)) for request in requests]
     results = _evaluate(
-        scorer, requests, keys, lambda request: plan(options, request.group, len(request.target)), progress
+        scorer,
+        requests,
+        keys,
+        lambda request: plan(options, request.group, len(request.target)),
+        progress,
+        hidden_id=vocabulary.mask_token_id,
     )
     if not greedy:
         return [result._replace(is_greedy=None) for result in results]
-    filled = _fill(scorer, [key[1:] for key in keys], forbidden_token_ids, progress)
+    filled = _fill(scorer, [key[1:] for key in keys], progress)
     return [
         result._replace(is_greedy=filled[key[1:]] == list(request.target))
         for result, key, request in zip(results, keys, requests, strict=True)
@@ -124,9 +129,9 @@ def exact_loglikelihoods(
     denoise: Denoise,
     requests: Sequence[Request],
     *,
+    vocabulary: Vocabulary,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     device: torch.device | str = "cpu",
-    forbidden_token_ids: Sequence[int] = (),
     on_progress: Progress | None = None,
 ) -> list[LogLikelihood]:
     """Log-likelihoods under an autoregressive model, in the order of the requests: exact, ``is_greedy`` included.
@@ -136,9 +141,9 @@ def exact_loglikelihoods(
     Args:
         denoise: the model behind ``next_token``, which supplies its first token.
         requests: their groups play no part.
+        vocabulary: what it forbids, and [MASK], greedy decoding never writes. The values do not depend on that.
         tokens_per_batch: of one forward, padding included; but at least one sequence.
         device: of the tensors that ``denoise`` is given.
-        forbidden_token_ids: ids that greedy decoding never writes, such as [MASK]. The values do not depend on them.
         on_progress: called with the requests that are done, and all.
 
     Raises:
@@ -147,11 +152,12 @@ def exact_loglikelihoods(
     _check(requests, None)
     LikelihoodOptions(tokens_per_batch=tokens_per_batch)
     scorer = RowScorer(
-        denoise, tokens_per_batch=tokens_per_batch, device=device, forbidden_token_ids=forbidden_token_ids
+        denoise, tokens_per_batch=tokens_per_batch, device=device, vocabulary=vocabulary, finds_best=True
     )
     keys = [(0, tuple(request.context), len(request.target)) for request in requests]
     progress = _Progress(on_progress, len(requests))
-    return _evaluate(scorer, requests, keys, lambda request: causal_plan(len(request.target)), progress)
+    # What hides a target's last token is not read, but looked up: an imported model may have no [MASK], all have id 0.
+    return _evaluate(scorer, requests, keys, lambda request: causal_plan(len(request.target)), progress, hidden_id=0)
 
 
 def rolling(
@@ -202,7 +208,7 @@ def masked_loglikelihood(
     target: Sequence[int],
     masks: Tensor,
     *,
-    mask_token_id: int,
+    vocabulary: Vocabulary,
     guidance: float = 0.0,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     device: torch.device | str = "cpu",
@@ -220,7 +226,7 @@ def masked_loglikelihood(
         ValueError: a mask is empty or not as long as the target; and as ``loglikelihoods``.
     """
     options = LikelihoodOptions(guidance=guidance, tokens_per_batch=tokens_per_batch)
-    _check([Request(context, target, 0)], mask_token_id)
+    _check([Request(context, target, 0)], vocabulary.mask_token_id)
     chosen = masks.cpu().numpy().astype(bool)
     if chosen.ndim != 2 or chosen.shape[1] != len(target) or not chosen.any(1).all():
         raise ValueError(
@@ -230,12 +236,13 @@ def masked_loglikelihood(
         denoise,
         tokens_per_batch=options.tokens_per_batch,
         device=device,
+        vocabulary=vocabulary,
         guidance=options.guidance,
-        mask_token_id=mask_token_id,
     )
     counts = chosen.sum(1)
     shown = Plan(chosen, chosen, len(target) / counts[None], exact=False)
-    (unit,) = scorer.finish([Unit([0], context, np.array([target], dtype=np.int64), shown, mask_token_id)])
+    targets = np.array([target], dtype=np.int64)
+    (unit,) = scorer.finish([Unit([0], context, targets, shown, vocabulary.mask_token_id)])
     return torch.from_numpy(-unit.sums[0] * shown.coefficients[0])
 
 
@@ -255,6 +262,7 @@ def _evaluate(
     keys: Sequence[tuple],
     plan_of: Callable[[Request], Plan],
     progress: _Progress,
+    hidden_id: int,
 ) -> list[LogLikelihood]:
     """Score the requests; those with the same key share their context, length and masks."""
     together: dict[tuple, list[int]] = {}
@@ -264,7 +272,7 @@ def _evaluate(
     def unit(indices: list[int]) -> Unit:
         request = requests[indices[0]]
         targets = np.array([list(requests[index].target) for index in indices], dtype=np.int64)
-        return Unit(indices, request.context, targets, plan_of(request), scorer.mask_token_id)
+        return Unit(indices, request.context, targets, plan_of(request), hidden_id)
 
     def length(indices: list[int]) -> int:
         return len(requests[indices[0]].context) + len(requests[indices[0]].target)
@@ -293,9 +301,7 @@ def _estimates(unit: Unit) -> list[LogLikelihood]:
     return found
 
 
-def _fill(
-    scorer: RowScorer, keys: Sequence[tuple], forbidden_token_ids: Sequence[int], progress: _Progress
-) -> dict[tuple, list[int]]:
+def _fill(scorer: RowScorer, keys: Sequence[tuple], progress: _Progress) -> dict[tuple, list[int]]:
     """What the sampler writes behind the context of every key (context, length), at temperature 0."""
     users: dict[tuple, int] = {}
     for key in keys:
@@ -308,10 +314,9 @@ def _fill(
         batch = [waiting.pop() for _ in range(min(scorer.rows_per_batch(len(context) + length), len(waiting)))]
         rows = sample(
             scorer.denoise,
-            [[*context, *[scorer.mask_token_id] * length] for context, length in batch],
+            [[*context, *[scorer.vocabulary.mask_token_id] * length] for context, length in batch],
             options,
-            mask_token_id=scorer.mask_token_id,
-            forbidden_token_ids=forbidden_token_ids,
+            vocabulary=scorer.vocabulary,
             device=scorer.device,
         ).tokens
         filled.update({key: row[len(key[0]) :] for key, row in zip(batch, rows, strict=True)})

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_dlm.evaluation.likelihood_masks import Plan
 from megatron_dlm.shipped.sampler import Denoise
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 # Logits that are held in fp64 at a time.
 _CHUNK = 1 << 24
@@ -78,24 +79,25 @@ class RowScorer:
         *,
         tokens_per_batch: int,
         device: torch.device | str,
+        vocabulary: Vocabulary,
         guidance: float = 0.0,
-        mask_token_id: int = 0,
-        forbidden_token_ids: Sequence[int] | None = None,
+        finds_best: bool = False,
     ) -> None:
         """
         Args:
             denoise: see ``Denoise``.
             tokens_per_batch: of one forward, padding included; but at least one row.
             device: of the tensors that ``denoise`` is given.
+            vocabulary: of the model, which may have fewer ids.
             guidance: see ``LikelihoodOptions``; the context is left out by masking it.
-            forbidden_token_ids: the largest logit is that of another; None: do not look for it, all are ``best``.
+            finds_best: find the largest logit of the ids that may be written; else all are ``best``.
         """
         self.denoise = denoise
         self.tokens_per_batch = tokens_per_batch
         self.device = device
         self.guidance = guidance
-        self.mask_token_id = mask_token_id
-        self.forbidden = forbidden_token_ids
+        self.vocabulary = vocabulary
+        self.finds_best = finds_best
 
     def rows_per_batch(self, length: int) -> int:
         """How many rows of so many tokens go together."""
@@ -197,7 +199,7 @@ class RowScorer:
         sizes = None if (lengths == tokens.shape[1]).all() else torch.from_numpy(lengths)
         guided = self.guidance != 0 and bool(given.any())
         if guided:
-            without = inputs.masked_fill(torch.from_numpy(given), self.mask_token_id)
+            without = inputs.masked_fill(torch.from_numpy(given), self.vocabulary.mask_token_id)
             asked = torch.cat((asked, asked + inputs.numel()))
             inputs = torch.cat((inputs, without))
             sizes = None if sizes is None else sizes.repeat(2)
@@ -214,8 +216,10 @@ class RowScorer:
                 here = order[low:high]
                 at, ids = (torch.from_numpy(v[here]).to(chunk.device) for v in (index - start, wanted))
                 losses[here] = (chunk.logsumexp(1)[at] - chunk[at, ids]).cpu().numpy()
-                if self.forbidden is not None:
-                    forbidden = torch.tensor(list(self.forbidden), dtype=torch.int64, device=chunk.device)
+                if self.finds_best:
+                    # A tokenizer can have more ids than an imported model has logits.
+                    ids_there = [i for i in self.vocabulary.unwritten if i < chunk.shape[1]]
+                    forbidden = torch.tensor(ids_there, dtype=torch.int64, device=chunk.device)
                     candidates = chunk.index_fill(1, forbidden, float("-inf")).argmax(1)
                     best[here] = (candidates[at] == ids).cpu().numpy()
         if np.isnan(losses).any():

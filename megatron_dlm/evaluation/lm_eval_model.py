@@ -28,7 +28,7 @@ from megatron_dlm.evaluation.likelihood import LogLikelihood, Request, rolling
 from megatron_dlm.evaluation.likelihood_masks import TOKENS_PER_BATCH, Estimator, LikelihoodOptions
 from megatron_dlm.evaluation.scoring import encode_pair, score
 from megatron_dlm.generation.text_model import TextModel, open_text_model
-from megatron_dlm.shipped.sampler import SamplerOptions
+from megatron_dlm.shipped.sampler_plan import SamplerOptions
 
 _BLOCK_LENGTH = 32
 _NEW_TOKENS = 256

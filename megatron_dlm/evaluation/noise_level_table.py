@@ -176,7 +176,7 @@ def noise_level_table(
     full = len(text.tokens) // length
     chosen = (2 * np.arange(min(windows, full)) + 1) * full // (2 * min(windows, full))
     tokens = np.stack([text.tokens[at : at + length] for at in (chosen * length).tolist()]).astype(np.int64)
-    check_ids(tokens, source, model.tokenizer)
+    check_ids(tokens, source, model.vocabulary)
     # Ratios such as 0.55 * 20 come out just above the whole number that they are.
     masked = np.unique(np.ceil(np.array(ratios) * length - 1e-6).astype(np.int64).clip(1, length))
     keys = random_bits(seed, Stream.SAMPLING, token_counter(chosen[:, None], np.arange(length)), _DRAW)
@@ -248,7 +248,7 @@ def _measure(
         window, level = np.divmod(np.arange(start, min(start + step, total)), len(masked))
         hidden = ranks[window] < masked[level, None]
         rows = np.flatnonzero(hidden)
-        inputs = np.where(hidden, model.tokenizer.mask_token_id, tokens[window])
+        inputs = np.where(hidden, model.vocabulary.mask_token_id, tokens[window])
         found, best = _score(model, inputs, rows, tokens[window].reshape(-1)[rows])
         owner = rows // tokens.shape[1]
         here = slice(start, start + len(window))

@@ -126,18 +126,17 @@ def _loglikelihoods(
         return exact_loglikelihoods(
             model.own_tokens(),
             requests,
+            vocabulary=model.vocabulary,
             tokens_per_batch=options.tokens_per_batch,
             device=model.device,
-            forbidden_token_ids=[model.tokenizer.mask_token_id, *model.forbidden_token_ids],
             on_progress=on_progress,
         )
     return loglikelihoods(
         model.own_tokens(),
         requests,
         options,
-        mask_token_id=model.tokenizer.mask_token_id,
+        vocabulary=model.vocabulary,
         device=model.device,
-        forbidden_token_ids=model.forbidden_token_ids,
         greedy=greedy,
         on_progress=on_progress,
     )

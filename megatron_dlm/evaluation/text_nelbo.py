@@ -23,6 +23,7 @@ from megatron_dlm.evaluation.likelihood_masks import TOKENS_PER_BATCH, Likelihoo
 from megatron_dlm.generation.text_model import TextModel
 from megatron_dlm.preparation.documents import Document, find_inputs, read_documents
 from megatron_dlm.preparation.selection import utf8
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 Progress = Callable[[int, int], None]
 
@@ -115,20 +116,25 @@ def text_nelbo(
         raise ConfigError(str(error)) from None
     denoise = model.own_tokens()
     windows = read_windows(source, model.tokenizer, model.max_length, limit_tokens=limit_tokens)
-    check_ids(windows.tokens, source, model.tokenizer)
+    check_ids(windows.tokens, source, model.vocabulary)
     scored: list[LogLikelihood] = []
 
     def score(requests: list[Request]) -> list[LogLikelihood]:
         if model.kind.causal:
             scored[:] = exact_loglikelihoods(
-                denoise, requests, tokens_per_batch=tokens_per_batch, device=model.device, on_progress=on_progress
+                denoise,
+                requests,
+                vocabulary=model.vocabulary,
+                tokens_per_batch=tokens_per_batch,
+                device=model.device,
+                on_progress=on_progress,
             )
         else:
             scored[:] = loglikelihoods(
                 denoise,
                 requests,
                 options,
-                mask_token_id=model.tokenizer.mask_token_id,
+                vocabulary=model.vocabulary,
                 device=model.device,
                 on_progress=on_progress,
             )
@@ -173,9 +179,10 @@ def read_windows(source: str, tokenizer: Tokenizer, length: int, *, limit_tokens
         raise DataError(f"cannot read {source}: {error.strerror or error}; check the path") from None
 
 
-def check_ids(tokens: np.ndarray, source: str, tokenizer: Tokenizer) -> None:
+def check_ids(tokens: np.ndarray, source: str, vocabulary: Vocabulary) -> None:
     """Raises DataError, in one line, for ids ([...] integers) that no text has, which only a damaged file holds."""
-    if tokens.max() >= tokenizer.vocab_size or tokens.min() < 0 or (tokens == tokenizer.mask_token_id).any():
+    too_large = vocabulary.size is not None and tokens.max() >= vocabulary.size
+    if too_large or tokens.min() < 0 or (tokens == vocabulary.mask_token_id).any():
         raise DataError(f"{source} has ids that no text has, so it is damaged: prepare the data again")
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.errors import ConfigError
 from megatron_dlm.packages import optional_module
-from megatron_dlm.shipped.sampler import Denoise, SamplerOptions, Samples, Step
+from megatron_dlm.shipped.sampler import Denoise, Samples, Step
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 
 _AUTOREGRESSIVE = ("qwen3", "llama")
 _REPORTED = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -66,13 +66,12 @@ def causal_denoise(model: Any) -> Denoise:
     return denoise
 
 
-def cached_generation(model: Any, tokenizer: Tokenizer) -> Callable[..., Samples]:
+def cached_generation(model: Any) -> Callable[..., Samples]:
     """``TextModel.generate`` for an autoregressive model: transformers' own loop, with its cache of keys and values.
 
     Prompts begin with the token that the model's configuration says (``bos_token_id``). The random numbers are
     torch's, seeded with ``options.seed``, so a row depends on those beside it.
     """
-    end = tokenizer.end_of_document_id
     first = [] if model.config.bos_token_id is None else [model.config.bos_token_id]
     from transformers import GenerationConfig, StoppingCriteriaList
 
@@ -82,15 +81,16 @@ def cached_generation(model: Any, tokenizer: Tokenizer) -> Callable[..., Samples
         prompts: Sequence[Sequence[int]],
         options: SamplerOptions,
         *,
+        vocabulary: Vocabulary,
         max_new_tokens: int,
-        forbidden_token_ids: Sequence[int] = (),
         on_step: Callable[[Step], None] | None = None,
     ) -> Samples:
         inputs = [[*first, *prompt] for prompt in prompts]
         width = max(map(len, inputs))
         if min(map(len, inputs)) == 0 or max_new_tokens < 1:
             raise ValueError("this model needs a prompt and new tokens: give a longer prompt and max_new_tokens")
-        padding = end if end < model.config.vocab_size else 0
+        end = vocabulary.end_of_document_id
+        padding = end if end is not None and end < model.config.vocab_size else 0
         ids = torch.tensor([[padding] * (width - len(row)) + row for row in inputs], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in inputs], device=model.device)
         settings: dict[str, Any] = {"do_sample": False}
@@ -98,19 +98,20 @@ def cached_generation(model: Any, tokenizer: Tokenizer) -> Callable[..., Samples
             settings = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
-            suppress_tokens=[tokenizer.mask_token_id, *forbidden_token_ids],
+            suppress_tokens=vocabulary.unwritten,
             eos_token_id=end,
             pad_token_id=padding,
             **settings,
         )
-        watch = _Watch(prompts, width, tokenizer, max_new_tokens, on_step)
+        watch = _Watch(prompts, width, vocabulary.mask_token_id, max_new_tokens, on_step)
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(options.seed)
             output = model.generate(
                 ids, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList([watch])
             )
         new = output[:, width:].tolist()
-        rows = [[*prompt, *row, *[end] * (max_new_tokens - len(row))] for prompt, row in zip(prompts, new, strict=True)]
+        filled = [row + [padding] * (max_new_tokens - len(row)) for row in new]
+        rows = [[*prompt, *row] for prompt, row in zip(prompts, filled, strict=True)]
         lengths = [len(prompt) for prompt in prompts]
         return Samples(rows, lengths, end, watch.forwards, watch.forwards * len(prompts))
 
@@ -124,14 +125,13 @@ class _Watch:
         self,
         prompts: Sequence[Sequence[int]],
         width: int,
-        tokenizer: Tokenizer,
+        mask: int,
         max_new_tokens: int,
         on_step: Callable[[Step], None] | None,
     ) -> None:
         self.on_step, self.width, self.forwards = on_step, width, 0
         self.starts = torch.tensor([len(prompt) for prompt in prompts])
         self.lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-        mask = tokenizer.mask_token_id
         self.tokens = torch.tensor([[*p, *[mask] * (max(self.lengths) - len(p))] for p in prompts], dtype=torch.int64)
         self._show(torch.zeros_like(self.tokens, dtype=torch.bool))
 

@@ -9,12 +9,11 @@ import time
 import unicodedata
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 from megatron_dlm.generation.trace import CONTROL_SYMBOL, Speller, end_of_row, visible
-
-if TYPE_CHECKING:
-    from megatron_dlm.shipped.sampler import Step
+from megatron_dlm.shipped.sampler import Step
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 _FRAME_SECONDS = 0.05
 _SHARE = 0.1  # of the time, at most, goes into drawing
@@ -41,9 +40,8 @@ class LiveView:
 
     Args:
         decode: text of ids; a broken character is U+FFFD, a control token is nothing.
-        mask_token_id: id of [MASK].
+        vocabulary: a new end-of-document ends the text.
         stream: where to write.
-        end_of_document_id: a new one ends the text; None: the text has no end but its length.
         row: of the batch.
         text_at_end: write the text; False leaves that to the caller, for whom the drawing just goes.
         clock: seconds, for the rate of frames.
@@ -52,18 +50,17 @@ class LiveView:
     def __init__(
         self,
         decode: Callable[[list[int]], str],
-        mask_token_id: int,
+        vocabulary: Vocabulary,
         stream: TextIO,
         *,
-        end_of_document_id: int | None = None,
         row: int = 0,
         text_at_end: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._decode = decode
-        self._speller = Speller(decode, mask_token_id)
-        self._mask_token_id = mask_token_id
-        self._end_of_document_id = end_of_document_id
+        self._speller = Speller(decode, vocabulary.mask_token_id)
+        self._mask_token_id = vocabulary.mask_token_id
+        self._end_of_document_id = vocabulary.end_of_document_id
         self._stream = stream
         self._row = row
         self._text_at_end = text_at_end

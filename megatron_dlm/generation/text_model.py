@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,8 @@ from megatron_dlm.config.kinds import AUTOREGRESSIVE, MASKED_DIFFUSION, Kind
 from megatron_dlm.config.tree import ParallelConfig
 from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dlm.errors import ConfigError
-from megatron_dlm.shipped.sampler import Denoise, SamplerOptions, Samples, Step, next_token, sample
+from megatron_dlm.shipped.sampler import Denoise, Samples, Step, next_token, sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 
 if TYPE_CHECKING:
     from megatron_dlm.parallel.topology import Topology
@@ -36,13 +37,23 @@ class TextModel(NamedTuple):
     name: str
     """For people."""
     forbidden_token_ids: tuple[int, ...] = ()
-    """Ids that the model has and the tokenizer has not."""
+    """Never written, besides [MASK]; ids that the model has and the tokenizer has not, at least."""
     generate_cached: Callable[..., Samples] | None = None
-    """Autoregressive sampling with a cache of keys and values, where there is one; the arguments are ``generate``'s."""
+    """Autoregressive sampling with a cache of keys and values, where there is one; the arguments are ``generate``'s
+    and the ``vocabulary``."""
     first_token_id: int | None = None
     """What an autoregressive model reads before the first token of a text; None: end-of-document, as in training."""
     topology: Topology | None = None
     """The layout that the model runs at; None: this process alone, or it is not known."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer's, with the forbidden ids."""
+        return self.tokenizer.vocabulary.forbidding(self.forbidden_token_ids)
+
+    def forbidding(self, ids: Iterable[int]) -> TextModel:
+        """The same model, which does not write these ids either."""
+        return self._replace(forbidden_token_ids=(*self.forbidden_token_ids, *ids))
 
     def own_tokens(self) -> Denoise:
         """Logits of tokens at their own positions, whatever the kind of the model."""
@@ -57,7 +68,6 @@ class TextModel(NamedTuple):
         options: SamplerOptions,
         *,
         max_new_tokens: int = 0,
-        forbidden_token_ids: Sequence[int] = (),
         on_step: Callable[[Step], None] | None = None,
     ) -> Samples:
         """Complete prompts, and fill in their masks; the arguments are those of ``sampler.sample``.
@@ -67,25 +77,15 @@ class TextModel(NamedTuple):
         Raises:
             ValueError: one line; what an autoregressive model cannot do, or as ``sampler.sample``.
         """
-        forbidden = (*self.forbidden_token_ids, *forbidden_token_ids)
-        common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "on_step": on_step}
+        common: dict[str, Any] = {"vocabulary": self.vocabulary, "max_new_tokens": max_new_tokens, "on_step": on_step}
         if self.kind.causal:
             _require_left_to_right(prompts, options, self.tokenizer.mask_token_id)
             if self.generate_cached is not None:
-                return self.generate_cached(prompts, options, forbidden_token_ids=forbidden, **common)
+                return self.generate_cached(prompts, options, **common)
             options = SamplerOptions(
                 block_length=1, temperature=options.temperature, top_p=options.top_p, seed=options.seed
             )
-        return sample(
-            self.own_tokens(),
-            prompts,
-            options,
-            mask_token_id=self.tokenizer.mask_token_id,
-            end_of_document_id=self.tokenizer.end_of_document_id,
-            forbidden_token_ids=forbidden,
-            device=self.device,
-            **common,
-        )
+        return sample(self.own_tokens(), prompts, options, device=self.device, **common)
 
     def encode_holes(self, text: str, tokens_per_hole: int) -> list[int]:
         """Ids of ``text`` with ``tokens_per_hole`` masks for every ``____`` (four underscores or more).
@@ -155,7 +155,7 @@ def _open_hugging_face(path: str) -> TextModel:
         device=model.device,
         name=f"{path} on {model.device}",
         forbidden_token_ids=tuple(range(tokenizer.vocab_size, model.config.vocab_size)),
-        generate_cached=cached_generation(model, tokenizer) if autoregressive else None,
+        generate_cached=cached_generation(model) if autoregressive else None,
         first_token_id=model.config.bos_token_id if autoregressive else None,
     )
 

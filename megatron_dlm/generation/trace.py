@@ -9,12 +9,12 @@ import functools
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-if TYPE_CHECKING:
-    from megatron_dlm.shipped.sampler import Step
+from megatron_dlm.shipped.sampler import Step
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 CONTROL_SYMBOL = "\u25ca"
 """Shown for a token that has no text, such as end-of-document."""
@@ -87,16 +87,13 @@ class Recorder:
 
     Args:
         decode: text of ids; a broken character is U+FFFD, a control token is nothing.
-        mask_token_id: id of [MASK].
-        end_of_document_id: a new one ends a row; None: rows have no end but their length.
+        vocabulary: a new end-of-document ends a row.
     """
 
-    def __init__(
-        self, decode: Callable[[list[int]], str], mask_token_id: int, end_of_document_id: int | None = None
-    ) -> None:
-        self._speller = Speller(decode, mask_token_id)
-        self._mask_token_id = mask_token_id
-        self._end_of_document_id = end_of_document_id
+    def __init__(self, decode: Callable[[list[int]], str], vocabulary: Vocabulary) -> None:
+        self._speller = Speller(decode, vocabulary.mask_token_id)
+        self._mask_token_id = vocabulary.mask_token_id
+        self._end_of_document_id = vocabulary.end_of_document_id
         self._batches: list[_Batch] = []
 
     def __call__(self, step: Step) -> None:

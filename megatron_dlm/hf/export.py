@@ -33,10 +33,10 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DEFAULT_SHARD_SIZE = 5_000_000_000
 """Bytes; what the Hugging Face hub recommends."""
 
-_SHIPPED = ("configuration_dlm.py", "modeling_dlm.py", "sampler.py")
+_SHIPPED = ("configuration_dlm.py", "modeling_dlm.py", "sampler.py", "sampler_plan.py")
 _WRITTEN = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|README\.md|token.*"
-    r"|special_tokens_map\.json|configuration_dlm\.py|modeling_dlm\.py|sampler\.py|__pycache__"
+    r"|special_tokens_map\.json|__pycache__|" + "|".join(map(re.escape, _SHIPPED))
 )
 # Passed-through fields of megatron's at their defaults; all others change what the model computes.
 _NEUTRAL = {"rotary_interleaved": False, "glu_linear_offset": 0.0}

@@ -18,7 +18,8 @@ from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel
 
 from .configuration_dlm import DLMConfig
-from .sampler import SamplerOptions, Samples, Step, sample
+from .sampler import Samples, Step, sample
+from .sampler_plan import SamplerOptions, Vocabulary
 
 _IGNORED = -100
 # Arguments of other models' generate that callers pass by habit, and the values that ask for nothing here; () any.
@@ -144,8 +145,8 @@ class DLMForMaskedDiffusion(Qwen3PreTrainedModel, GenerationMixin):
             on_step: see ``sampler.sample``.
             return_dict_in_generate: return what the sampler counted as well.
             kwargs: ``max_new_tokens`` (0: fill in the prompts' masks only), and the fields of
-                ``sampler.SamplerOptions``: ``steps``, ``block_length``, ``remasking``, ``threshold``, ``temperature``,
-                ``top_p``, ``guidance``, ``seed``.
+                ``sampler_plan.SamplerOptions``: ``steps``, ``block_length``, ``remasking``, ``threshold``,
+                ``temperature``, ``top_p``, ``guidance``, ``seed``.
 
         Returns:
             [batch, seq + max_new_tokens] int64: the prompts as they were padded, filled in, and the new tokens;
@@ -164,15 +165,16 @@ class DLMForMaskedDiffusion(Qwen3PreTrainedModel, GenerationMixin):
         if new < 0:
             raise ValueError(f"max_new_tokens is {new}; it must not be negative")
         end = end[0] if isinstance(end, list) else end
+        vocabulary = Vocabulary(self.config.mask_token_id, end)
+        if new == 0 and end is not None:  # an infilled text goes on behind its masks
+            vocabulary = vocabulary.forbidding([end])
         real = torch.ones_like(prompts) if attention_mask is None else attention_mask
         samples = sample(
             self.denoise,
             [row[keep.bool()].tolist() for row, keep in zip(prompts, real, strict=True)],
             SamplerOptions(**{name: value for name, value in known.items() if value is not None}),
-            mask_token_id=self.config.mask_token_id,
-            end_of_document_id=end,
+            vocabulary=vocabulary,
             max_new_tokens=new,
-            forbidden_token_ids=[] if new or end is None else [end],  # an infilled text goes on behind its masks
             device=prompts.device,
             on_step=on_step,
         )

@@ -1,19 +1,19 @@
 """Text out of a masked diffusion model: masks are filled in, the most certain first, as in LLaDA.
 
-Pure functions of ``denoise``. This file imports torch only, because a copy of it ships inside every export.
+Pure functions of ``denoise``. This file imports torch and its neighbour only, because copies of both ship inside every
+export.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Remasking = Literal["low_confidence", "margin", "entropy", "random"]
+from .sampler_plan import SamplerOptions, Vocabulary, plan
 
 Denoise = Callable[[Tensor, "Tensor | None", Tensor], Tensor]
 """``denoise(tokens, lengths, rows) -> logits``.
@@ -21,54 +21,6 @@ Denoise = Callable[[Tensor, "Tensor | None", Tensor], Tensor]
 tokens: [batch, seq] int64; lengths: [batch] int64 on the CPU, real tokens of every row, or None where all are full;
 rows: [n] int64, flat indices into [batch * seq] of the positions that are asked for; logits: [n, vocab].
 """
-
-
-@dataclass(frozen=True)
-class SamplerOptions:
-    """How masks are filled in. Raises ``ValueError`` for what contradicts itself, in one line."""
-
-    steps: int | None = None
-    """Denoising steps of every sequence, divided over its blocks by their masks; None: one for each token."""
-    block_length: int | None = None
-    """Masks that are filled in before those to their right are; None: all at once."""
-    remasking: Remasking = "low_confidence"
-    """Which candidates are kept: those of the largest probability, of the largest margin between the two best tokens,
-    of the smallest entropy, or any; the others stay masked."""
-    threshold: float | None = None
-    """Keep every candidate whose confidence is above this, and at least one, instead of a fixed number a step. From 0
-    to 1; for entropy, whose negative is the confidence, at most 0."""
-    temperature: float = 0.0
-    """Of the Gumbel noise on the logits; 0: the token of the largest logit."""
-    top_p: float = 1.0
-    """Draw from the smallest set of tokens that has this much probability (with a temperature)."""
-    guidance: float = 0.0
-    """Classifier-free guidance: logits = without + (guidance + 1) * (with - without the prompt); 0: none."""
-    seed: int = 0
-    """Row i of a batch draws from (seed, i), whatever else is in the batch."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "block_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.remasking not in get_args(Remasking):
-            raise ValueError(f"remasking {self.remasking!r} is unknown; choose from {', '.join(get_args(Remasking))}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be a finite number, at least 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if not -1 <= self.guidance < float("inf"):
-            raise ValueError(f"guidance is {self.guidance}; it must be a finite number, at least -1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}; it must be at least 0 and below 2**32")
-        if self.threshold is not None:
-            if self.steps is not None:
-                raise ValueError("steps and threshold both say how many tokens a step fills in; give one of them")
-            if self.remasking == "random":
-                raise ValueError("threshold needs a confidence, which random remasking has not; choose another")
-            low, high = (float("-inf"), 0.0) if self.remasking == "entropy" else (0.0, 1.0)
-            if not low <= self.threshold <= high:
-                raise ValueError(f"threshold is {self.threshold}; with {self.remasking} it is from {low:g} to {high:g}")
 
 
 class Step(NamedTuple):
@@ -119,10 +71,8 @@ def sample(
     prompts: Sequence[Sequence[int]],
     options: SamplerOptions | None = None,
     *,
-    mask_token_id: int,
-    end_of_document_id: int | None = None,
+    vocabulary: Vocabulary,
     max_new_tokens: int = 0,
-    forbidden_token_ids: Sequence[int] = (),
     device: torch.device | str = "cpu",
     on_step: Callable[[Step], None] | None = None,
 ) -> Samples:
@@ -137,9 +87,8 @@ def sample(
     Args:
         denoise: the model; see ``Denoise``.
         prompts: token ids, [MASK] wherever something is to be filled in.
-        end_of_document_id: stop here; None: never.
+        vocabulary: a row stops at its end-of-document, and what it forbids is never filled in.
         max_new_tokens: masks behind every prompt.
-        forbidden_token_ids: further ids that are never filled in.
         device: of the tensors that ``denoise`` is given.
         on_step: called with the start, and after every forward.
 
@@ -147,15 +96,16 @@ def sample(
         ValueError: a prompt without tokens and no new ones, or fewer ``steps`` than blocks.
     """
     options = options or SamplerOptions()
-    state = _State(prompts, options, mask_token_id, end_of_document_id, max_new_tokens, device)
-    forbidden = torch.tensor(sorted({mask_token_id, *forbidden_token_ids}), device=device)
+    state = _State(prompts, options, vocabulary, max_new_tokens, device)
+    forbidden = torch.tensor(vocabulary.unwritten, device=device)
     forwards = sequence_forwards = 0
     if on_step:
         on_step(state.step(0))
     while active := state.unfinished():
         tokens, lengths, rows, counts = state.inputs(active)
         if options.guidance:
-            logits = _guided(denoise, tokens, lengths, rows, state.given[active], mask_token_id, options.guidance)
+            without = tokens.masked_fill(state.given[active, : tokens.shape[1]], vocabulary.mask_token_id)
+            logits = _guided(denoise, tokens, without, lengths, rows, options.guidance)
         else:
             logits = denoise(tokens, lengths, rows)
         logits = logits.double().index_fill_(1, forbidden, float("-inf"))
@@ -166,7 +116,7 @@ def sample(
         state.fill(active, rows, candidates, probability, confidence)
         if on_step:
             on_step(state.step(forwards))
-    return Samples(state.rows(), state.prompt_lengths, end_of_document_id, forwards, sequence_forwards)
+    return Samples(state.rows(), state.prompt_lengths, vocabulary.end_of_document_id, forwards, sequence_forwards)
 
 
 def next_token(denoise: Denoise, first_token_id: int) -> Denoise:
@@ -193,51 +143,34 @@ class _State:
         self,
         prompts: Sequence[Sequence[int]],
         options: SamplerOptions,
-        mask_token_id: int,
-        end_of_document_id: int | None,
+        vocabulary: Vocabulary,
         max_new_tokens: int,
         device: torch.device | str,
     ) -> None:
         self.options = options
-        self.mask_token_id = mask_token_id
-        self.end_of_document_id = end_of_document_id
+        self.end_of_document_id = vocabulary.end_of_document_id
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.lengths = [length + max_new_tokens for length in self.prompt_lengths]
         if not prompts or min(self.lengths) == 0:
             raise ValueError("a prompt has no tokens, and no new ones are wanted; give max_new_tokens")
         width = max(self.lengths)
-        padded = [[*prompt, *[mask_token_id] * (width - len(prompt))] for prompt in prompts]
+        mask = vocabulary.mask_token_id
+        padded = [[*prompt, *[mask] * (width - len(prompt))] for prompt in prompts]
         self.tokens = torch.tensor(padded, dtype=torch.int64, device=device)
         self.size = torch.tensor(self.lengths)
         column = torch.arange(width, device=device)
         inside = column < self.size.to(device)[:, None]
         self.new = inside & (column >= torch.tensor(self.prompt_lengths, device=device)[:, None])
-        self.masked = inside & (self.tokens == mask_token_id)
+        self.masked = inside & (self.tokens == mask)
         self.given = inside & ~self.masked
         self.block = (self.masked.cumsum(1) - 1) // min(options.block_length or width, width)
-        self.quotas = [self._quotas(int(count)) for count in self.masked.sum(1)]
+        self.plans = [plan(count, options.steps, options.block_length) for count in self.masked.sum(1).tolist()]
         self.taken = [0] * len(prompts)  # steps of every row
         self.generators = [
             torch.Generator(device).manual_seed(_mixed(options.seed, row)) for row in range(len(prompts))
         ]
         self.revealed = torch.zeros_like(self.masked)
         self.confidence = torch.zeros_like(self.tokens, dtype=torch.float32)
-
-    def _quotas(self, masks: int) -> list[int]:
-        """Tokens that a row of so many masks keeps in each of its steps; with a threshold not used."""
-        length = self.options.block_length or max(masks, 1)
-        blocks = [min(length, masks - start) for start in range(0, masks, length)]
-        if self.options.steps is None:
-            return [1] * masks
-        if self.options.steps < len(blocks):
-            raise ValueError(
-                f"steps ({self.options.steps}) must be at least the number of blocks ({len(blocks)}); give more, or a "
-                "larger block_length"
-            )
-        quotas = []
-        for count, steps in zip(blocks, _shared(self.options.steps, blocks), strict=True):
-            quotas += [count // steps + (step < count % steps) for step in range(steps)]
-        return quotas
 
     def unfinished(self) -> list[int]:
         """Rows with a mask, and one before the first new end-of-document."""
@@ -266,7 +199,7 @@ class _State:
         scores = scores.index_copy_(0, rows, confidence).view(len(active), width)
         order = scores.argsort(dim=1, descending=True, stable=True)
         if self.options.threshold is None:
-            quota = torch.tensor([self.quotas[row][self.taken[row]] for row in active], device=scores.device)
+            quota = torch.tensor([self.plans[row][self.taken[row]].kept for row in active], device=scores.device)
             best = torch.arange(width, device=scores.device) < quota[:, None]
             keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, best)
         else:
@@ -298,33 +231,18 @@ class _State:
         return rows
 
 
-def _shared(steps: int, blocks: list[int]) -> list[int]:
-    """Steps of every block, at least one and at most one for each of its masks; equal blocks share as in LLaDA."""
-    total = sum(blocks)
-    steps = min(steps, total)
-    shares = [max(1, steps * count // total) for count in blocks]
-    for index, count in enumerate(blocks):
-        if sum(shares) < steps and shares[index] < count:
-            shares[index] += 1
-    return shares
-
-
 def _mixed(seed: int, row: int) -> int:
     """The seed of a row's generator: torch's on a CPU keeps the low 32 bits only, so all bits must be in them."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{row}".encode(), digest_size=7).digest(), "big")
 
 
 def _guided(
-    denoise: Denoise,
-    tokens: Tensor,
-    lengths: Tensor | None,
-    rows: Tensor,
-    given: Tensor,
-    mask_token_id: int,
-    guidance: float,
+    denoise: Denoise, tokens: Tensor, without: Tensor, lengths: Tensor | None, rows: Tensor, guidance: float
 ) -> Tensor:
-    """Classifier-free guidance with the prompt masked as the condition left out (Nie et al., arXiv 2410.18514)."""
-    without = tokens.masked_fill(given[:, : tokens.shape[1]], mask_token_id)
+    """Logits [n, vocab] fp64 of classifier-free guidance (Nie et al., arXiv 2410.18514).
+
+    The condition that is left out is the prompt: ``without`` is ``tokens`` [batch, seq] with [MASK] in its place.
+    """
     both = None if lengths is None else lengths.repeat(2)
     logits = denoise(torch.cat((tokens, without)), both, torch.cat((rows, rows + tokens.numel()))).double()
     conditional, unconditional = logits.chunk(2)

@@ -25,9 +25,7 @@ def build(config: Config, topology: Topology) -> Training:
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     train_data, valid_data = open_data(config, tokenizer)
-    objective = build_objective(
-        config, mask_token_id=tokenizer.mask_token_id, end_of_document_id=tokenizer.end_of_document_id
-    )
+    objective = build_objective(config, tokenizer.vocabulary)
     steps = total_steps(config, train_data)
     bare = build_model(config, topology, vocab_size=tokenizer.vocab_size)
     initial = load_initial_weights(config, bare)

@@ -53,7 +53,7 @@ def train_and_save(cases: list[Config]) -> list[tuple[torch.Tensor, list[list[in
     """Logits and greedy texts of every run's model; its checkpoint is in its run directory."""
     from megatron_dlm.generation.denoiser import Denoiser
     from megatron_dlm.generation.text_model import TextModel
-    from megatron_dlm.shipped.sampler import SamplerOptions
+    from megatron_dlm.shipped.sampler_plan import SamplerOptions
     from megatron_dlm.training.saving import save
     from megatron_dlm.training.setup import build
     from megatron_dlm.training.step import train_step
@@ -88,7 +88,7 @@ def load(directory: Path) -> Any:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_and_texts_of_trainer_and_export(layout: str, tiny_data: Path, tmp_path: Path) -> None:
     from megatron_dlm.generation.text_model import open_text_model
-    from megatron_dlm.shipped.sampler import SamplerOptions
+    from megatron_dlm.shipped.sampler_plan import SamplerOptions
 
     cases = configs(tiny_data, tmp_path, layout)
     results = run_ranks(train_and_save, cases[0].parallel.model_parallel_size, tmp_path, cases)

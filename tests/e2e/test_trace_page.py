@@ -20,6 +20,7 @@ import torch
 from megatron_dlm.generation.trace import Recorder, Trace
 from megatron_dlm.generation.trace_page import write
 from megatron_dlm.shipped.sampler import Step
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 _PATIENCE_SECONDS = 20.0
 # Becomes the browser, which takes commands on descriptor 3 and answers on 4.
@@ -168,7 +169,7 @@ def decode(ids: list[int]) -> str:
 
 def trace() -> Trace:
     """Code that is filled in from its end and has an end-of-document, and a prompt with hostile text behind it."""
-    recorder = Recorder(decode, MASK, END)
+    recorder = Recorder(decode, Vocabulary(MASK, END))
     code = [2, 3, 4, 5, 6, 7, 8, END, 8]
     hostile = [9, *range(10, len(WORDS))]
     rows = [code, hostile]

@@ -16,6 +16,7 @@ from megatron_dlm.config.tree import Config
 from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.diffusion.objective import build_objective
 from megatron_dlm.parallel.topology import initialize
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 from megatron_dlm.training.batches import BatchStream
 from megatron_dlm.training.held_out import held_out_nelbo
 from megatron_dlm.training.progress import Progress
@@ -75,7 +76,7 @@ class Reading(NamedTuple):
 
 def read(config: Config, dataset: Dataset, steps: int, replicas: int) -> Reading:
     """Everything that the replicas' streams give in ``steps`` steps."""
-    objective = build_objective(config, mask_token_id=MASK, end_of_document_id=END)
+    objective = build_objective(config, Vocabulary(MASK, END))
     clean, masked = (np.full((steps * BATCH, SEQ), -1) for _ in range(2))
     counts: Counter[int] = Counter()
     one = initialize(config.parallel)

@@ -15,6 +15,7 @@ from dlm_kernels.types import NoiseMode
 from megatron_dlm.config.tree import Config, DiffusionConfig
 from megatron_dlm.diffusion.objective import Batch, MaskedDiffusion
 from megatron_dlm.errors import ConfigError
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 from megatron_dlm.training.batches import BatchStream
 from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.setup import total_steps
@@ -29,9 +30,7 @@ EOD, MASK, SEQ = 100, 101, 32
 
 def objective(sequence_length: int = SEQ, mask: int = MASK, **options: Any) -> MaskedDiffusion:
     settings = DiffusionConfig(**{"complementary": True, "random_length_probability": 0.3, **options})
-    return MaskedDiffusion(
-        settings, seed=5, mask_token_id=mask, end_of_document_id=EOD, sequence_length=sequence_length
-    )
+    return MaskedDiffusion(settings, seed=5, vocabulary=Vocabulary(mask, EOD), sequence_length=sequence_length)
 
 
 def rows_of_step(step: int, size: int, rows: list[int] | None = None, **options: Any) -> Batch:

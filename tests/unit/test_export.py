@@ -142,7 +142,7 @@ def test_configuration_of_a_diffusion_model(tmp_path: Path) -> None:
 
 def test_the_code_that_ships_stands_alone(tmp_path: Path) -> None:
     export(make_checkpoint(tmp_path / "source"), tmp_path / "out")
-    own = {"configuration_dlm", "modeling_dlm", "sampler"}
+    own = {"configuration_dlm", "modeling_dlm", "sampler", "sampler_plan"}
     assert {path.stem for path in (tmp_path / "out").glob("*.py")} == own
     for name in own:
         for node in ast.walk(ast.parse((tmp_path / "out" / f"{name}.py").read_text())):

@@ -22,7 +22,8 @@ from megatron_dlm.errors import ConfigError
 from megatron_dlm.generation.text_model import TextModel, open_text_model
 from megatron_dlm.hf.export import export
 from megatron_dlm.parallel import topology as parallel
-from megatron_dlm.shipped.sampler import SamplerOptions, Step
+from megatron_dlm.shipped.sampler import Step
+from megatron_dlm.shipped.sampler_plan import SamplerOptions
 from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.saving import save
 from megatron_dlm.training.setup import build

@@ -29,13 +29,15 @@ from megatron_dlm.flops import parameter_count
 from megatron_dlm.generation.denoiser import Denoiser
 from megatron_dlm.model.transformer import build_model
 from megatron_dlm.parallel.topology import initialize
-from megatron_dlm.shipped.sampler import SamplerOptions, next_token, sample
+from megatron_dlm.shipped.sampler import next_token, sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 from tests.runs import tiny_config
 
 PAPER_1B = ModelConfig(
     num_layers=26, hidden_size=1792, num_attention_heads=14, ffn_hidden_size=4736, qk_norm=False, tie_embeddings=True
 )
 VOCAB, MASK, END = 258, 257, 256
+IDS = Vocabulary(MASK)
 SMALL: dict[str, Any] = {"num_layers": 2, "head_dim": 24, "hidden_size": 32}
 
 
@@ -82,7 +84,7 @@ def test_fewer_steps_and_growing_blocks_cost_what_their_forwards_do() -> None:
 
     assert published.diffusion(64, steps=16) == 16 * forward(64)
     assert published.diffusion(64, block_length=24) == 24 * forward(24) + 24 * forward(48) + 16 * forward(64)
-    assert published.diffusion(64, steps=7, block_length=24) == 3 * forward(24) + 2 * forward(48) + 2 * forward(64)
+    assert published.diffusion(64, steps=7, block_length=24) == 3 * forward(24) + 3 * forward(48) + forward(64)
     assert published.diffusion(8, steps=99) == 8 * forward(8), "a step fills in one token at least"
     with pytest.raises(ValueError, match=r"steps \(2\) must be at least the number of blocks \(3\)"):
         published.diffusion(64, steps=2, block_length=24)
@@ -96,15 +98,34 @@ def test_the_sampler_costs_what_torch_counts(steps: int | None, block_length: in
     prompts = [[1, 2, 3], [4, MASK, 5, MASK, MASK, 6], [7] * 9]
     rows = [Row(3 + 8, 8), Row(6 + 8, 3 + 8), Row(9 + 8, 8)]
     options = SamplerOptions(steps=steps, block_length=block_length)
-    flops = counted(lambda: sample(denoiser, prompts, options, mask_token_id=MASK, max_new_tokens=8))
+    flops = counted(lambda: sample(denoiser, prompts, options, vocabulary=IDS, max_new_tokens=8))
     assert flops == sampler_flops(model, columns, rows, steps=steps, block_length=block_length)
     assert flops < sampler_flops(model, columns, [Row(17, 11)] * 3, steps=steps, block_length=block_length)
+
+
+def test_every_forward_of_the_sampler_is_counted() -> None:
+    """Blocks that differ in length do not share steps equally; the model here does nothing but count."""
+    model = ModelConfig(num_layers=3, hidden_size=8, num_attention_heads=2, ffn_hidden_size=5)
+    spent: list[int] = []
+
+    def denoise(tokens: Tensor, lengths: Tensor | None, rows: Tensor) -> Tensor:
+        sizes = [tokens.shape[1]] * len(tokens) if lengths is None else lengths.tolist()
+        spent.append(forward_flops(model, 6, sizes, head_rows=len(rows)))
+        return torch.zeros(len(rows), 6)
+
+    for new, steps, block_length in [(40, 20, 32), (100, 50, 32), *product((5, 33), (None, 7, 90), (None, 8, 32))]:
+        prompts = [[1] * 9, [2, 5, 2, 5], [3]]  # 5 is the mask
+        rows = [Row(9 + new, new), Row(4 + new, 2 + new), Row(1 + new, new)]
+        options = SamplerOptions(steps=steps, block_length=block_length)
+        spent.clear()
+        sample(denoise, prompts, options, vocabulary=Vocabulary(5), max_new_tokens=new)
+        assert sum(spent) == sampler_flops(model, 6, rows, steps=steps, block_length=block_length)
 
 
 def test_guidance_costs_twice_as_much() -> None:
     denoiser, model, columns = small_denoiser()
     options = SamplerOptions(steps=4, guidance=1.5)
-    flops = counted(lambda: sample(denoiser, [[1, 2], [3]], options, mask_token_id=MASK, max_new_tokens=9))
+    flops = counted(lambda: sample(denoiser, [[1, 2], [3]], options, vocabulary=IDS, max_new_tokens=9))
     plain = sampler_flops(model, columns, [Row(11, 9), Row(10, 9)], steps=4)
     assert flops == sampler_flops(model, columns, [Row(11, 9), Row(10, 9)], steps=4, guidance=True) == 2 * plain
 
@@ -122,7 +143,7 @@ def test_a_row_that_has_ended_costs_nothing_more() -> None:
         return logits
 
     options = SamplerOptions(block_length=1)
-    arguments: dict[str, Any] = {"mask_token_id": MASK, "end_of_document_id": END, "max_new_tokens": 6}
+    arguments: dict[str, Any] = {"vocabulary": Vocabulary(MASK, END), "max_new_tokens": 6}
     flops = counted(lambda: sample(ends_the_first, [[1] * 9, [2]], options, **arguments))
     assert calls == [2, 2, 2, 1, 1, 1]
     assert flops == sampler_flops(model, columns, [Row(15, 6, finished_after=3), Row(7, 6)], block_length=1)
@@ -135,7 +156,7 @@ def test_an_export_costs_the_same_without_padded_columns() -> None:
     model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=48)
     export = DLMForMaskedDiffusion(DLMConfig(**hugging_face(model), qk_norm=True, mask_token_id=MASK)).eval()
     options = SamplerOptions(steps=6, block_length=4)
-    flops = counted(lambda: sample(export.denoise, [[1, 2, 3]] * 2, options, mask_token_id=MASK, max_new_tokens=10))
+    flops = counted(lambda: sample(export.denoise, [[1, 2, 3]] * 2, options, vocabulary=IDS, max_new_tokens=10))
     assert flops - 6 * rotary(export, tokens=13) == sampler_flops(
         model, VOCAB, [Row(13, 10)] * 2, steps=6, block_length=4
     )
@@ -174,8 +195,8 @@ def test_autoregressive_with_a_cache_costs_what_torch_counts(prompt_tokens: int)
         num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, head_dim=24, ffn_hidden_size=48
     )
     qwen = Qwen3ForCausalLM(Qwen3Config(**hugging_face(model))).eval()
-    generate = cached_generation(qwen, ByteTokenizer())
-    arguments: dict[str, Any] = {"max_new_tokens": 9, "forbidden_token_ids": [END]}
+    generate = cached_generation(qwen)
+    arguments: dict[str, Any] = {"max_new_tokens": 9, "vocabulary": ByteTokenizer().vocabulary.forbidding([END])}
     flops = counted(lambda: generate([[5] * prompt_tokens], SamplerOptions(), **arguments))
     more = rotary(qwen, tokens=prompt_tokens + 9) + masked_half(model, prompt_tokens + 1)
     assert flops - more == autoregressive_flops(model, VOCAB, prompt_tokens=prompt_tokens, new_tokens=9)
@@ -184,9 +205,7 @@ def test_autoregressive_with_a_cache_costs_what_torch_counts(prompt_tokens: int)
 def test_autoregressive_without_a_cache_costs_what_torch_counts() -> None:
     denoiser, model, columns = small_denoiser(objective="autoregressive")
     options = SamplerOptions(block_length=1)
-    flops = counted(
-        lambda: sample(next_token(denoiser, END), [[1, 2, 3]], options, mask_token_id=MASK, max_new_tokens=6)
-    )
+    flops = counted(lambda: sample(next_token(denoiser, END), [[1, 2, 3]], options, vocabulary=IDS, max_new_tokens=6))
     more = sum(masked_half(model, 3 + new) for new in range(1, 7))
     formula = autoregressive_flops(model, columns, prompt_tokens=3, new_tokens=6, cached=False)
     assert flops - more == formula

@@ -22,10 +22,12 @@ from megatron_dlm.evaluation.likelihood import (
     masked_loglikelihood,
     rolling,
 )
-from megatron_dlm.shipped.sampler import SamplerOptions, sample
+from megatron_dlm.shipped.sampler import sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 from tests.enumeration import MASK_ID, TinyPredictor
 
 VOCAB, MASK = 23, 22
+IDS = Vocabulary(MASK)
 PAIR, ANSWER = [3, 1], [5, 2, 7, 11, 4, 8]
 
 
@@ -85,7 +87,8 @@ def tiny(predictor: TinyPredictor) -> Any:
 def score(
     model: Any, requests: list[Request], greedy: bool = False, mask: int = MASK, **options
 ) -> list[LogLikelihood]:
-    return loglikelihoods(model, requests, LikelihoodOptions(**options), mask_token_id=mask, greedy=greedy)
+    settings = LikelihoodOptions(**options)
+    return loglikelihoods(model, requests, settings, vocabulary=Vocabulary(mask), greedy=greedy)
 
 
 def repeats(model: Any, context: list[int], target: list[int], count: int = 200, **options) -> list[LogLikelihood]:
@@ -180,7 +183,7 @@ def test_equals_llada_on_the_same_masks(guidance: float) -> None:
     ratio = (masks.sum(1) / size)[:, None].expand_as(clean)
     published = -float((F.cross_entropy(logits[hidden], clean[hidden], reduction="none") / ratio[hidden]).sum() / 16)
 
-    options: dict = {"mask_token_id": MASK, "guidance": guidance}
+    options: dict = {"vocabulary": IDS, "guidance": guidance}
     found = masked_loglikelihood(model, PAIR, ANSWER, masks, **options)
     assert float(found.mean()) == pytest.approx(published, rel=1e-6)  # their ratios are fp32
     assert torch.allclose(found, masked_loglikelihood(model, PAIR, ANSWER, masks, tokens_per_batch=20, **options))
@@ -203,7 +206,7 @@ def test_is_the_training_loss_with_the_column_of_the_mask() -> None:
     rows = mask[0].nonzero().flatten() + 2
     logits = model(torch.cat(noised, dim=1), None, rows)
     loss, _, _ = cross_entropy(logits, torch.tensor(ANSWER)[mask[0]], torch.full((3,), 6 / 3))
-    found = masked_loglikelihood(model, PAIR, ANSWER, mask, mask_token_id=MASK)
+    found = masked_loglikelihood(model, PAIR, ANSWER, mask, vocabulary=IDS)
     assert float(found) == pytest.approx(-float(loss), rel=1e-12)
     logits[:, MASK] = float("-inf")
     assert float(found) < 2 * float(logits.log_softmax(1)[range(3), torch.tensor(ANSWER)[mask[0]]].sum()) - 1
@@ -259,15 +262,15 @@ def test_greedy_is_what_the_sampler_writes() -> None:
     model, prompt = Bidirectional(), PAIR + [MASK] * 6
     for guidance, forbidden in ((0.0, ()), (1.0, ()), (0.0, (1, 2, 3, 4, 5))):
         options = SamplerOptions(guidance=guidance)
-        rows = sample(model, [prompt], options, mask_token_id=MASK, forbidden_token_ids=forbidden).tokens
+        vocabulary = IDS.forbidding(forbidden)
+        rows = sample(model, [prompt], options, vocabulary=vocabulary).tokens
         written = rows[0][2:]
         wrong = [*written[:3], (written[3] + 1) % MASK, *written[4:]]
         results = loglikelihoods(
             model,
             [Request(PAIR, written, 0), Request(PAIR, wrong, 0), Request([9], written, 1)],
             LikelihoodOptions(guidance=guidance, samples=2),
-            mask_token_id=MASK,
-            forbidden_token_ids=forbidden,
+            vocabulary=vocabulary,
             greedy=True,
         )
         assert [result.is_greedy for result in results] == [True, False, False]
@@ -342,7 +345,7 @@ def test_progress() -> None:
             Bidirectional(),
             requests,
             options,
-            mask_token_id=MASK,
+            vocabulary=IDS,
             greedy=greedy,
             on_progress=lambda *report: seen.append(report),
         )
@@ -391,7 +394,7 @@ def test_other_mistakes_are_refused() -> None:
         score(broken, [Request([1], [2], 0)])
     for masks in (torch.zeros(1, 6, dtype=torch.bool), torch.ones(1, 5, dtype=torch.bool), torch.ones(6) > 0):
         with pytest.raises(ValueError, match=r"give \[n, 6\], with at least one"):
-            masked_loglikelihood(Bidirectional(), PAIR, ANSWER, masks, mask_token_id=MASK)
+            masked_loglikelihood(Bidirectional(), PAIR, ANSWER, masks, vocabulary=IDS)
     for options, message in (({"max_length": 0}, "max_length is 0"), ({"max_length": 1, "groups": [-1]}, "group -1")):
         with pytest.raises(ValueError, match=message):
             rolling(lambda requests: [], [[1]], **options)

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.evaluation.likelihood import LogLikelihood, Request, exact_loglikelihoods, rolling
-from megatron_dlm.shipped.sampler import SamplerOptions, next_token, sample
+from megatron_dlm.shipped.sampler import next_token, sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 
 VOCAB, MASK, END = 23, 22, 21
+IDS = Vocabulary(MASK)
 
 
 class Causal:
@@ -51,7 +53,7 @@ REQUESTS = [
 @pytest.mark.parametrize("tokens_per_batch", [1, 20, 16384])
 def test_equals_the_direct_sum(tokens_per_batch: int) -> None:
     model = Causal()
-    found = exact_loglikelihoods(next_token(model, END), REQUESTS, tokens_per_batch=tokens_per_batch)
+    found = exact_loglikelihoods(next_token(model, END), REQUESTS, vocabulary=IDS, tokens_per_batch=tokens_per_batch)
     for result, request in zip(found, REQUESTS, strict=True):
         assert result.value == pytest.approx(model.direct(request.context, request.target), rel=1e-12)
         assert result.standard_error == 0 and result.interval95() == (result.value, result.value)
@@ -59,15 +61,16 @@ def test_equals_the_direct_sum(tokens_per_batch: int) -> None:
 
 def test_continuations_that_differ_in_their_last_token_are_one_row() -> None:
     model = Causal()
-    found = exact_loglikelihoods(next_token(model, END), REQUESTS[:2])
+    found = exact_loglikelihoods(next_token(model, END), REQUESTS[:2], vocabulary=IDS)
     assert model.calls == [(1, 7)] and found[0].value != found[1].value
 
 
 def test_is_greedy() -> None:
     model, forbidden = next_token(Causal(), END), [MASK, 4, 5]
     for ids in ([], forbidden):
+        vocabulary = IDS.forbidding(ids)
         options = SamplerOptions(block_length=1)
-        rows = sample(model, [[1, 2, 3]], options, mask_token_id=MASK, forbidden_token_ids=ids, max_new_tokens=5).tokens
+        rows = sample(model, [[1, 2, 3]], options, vocabulary=vocabulary, max_new_tokens=5).tokens
         written = rows[0][3:]
         targets = [
             written,
@@ -76,16 +79,20 @@ def test_is_greedy() -> None:
             [(written[0] + 1) % MASK, *written[1:]],
         ]
         requests = [Request([1, 2, 3], target, 0) for target in targets]
-        found = exact_loglikelihoods(model, requests, forbidden_token_ids=[MASK, *ids])
+        found = exact_loglikelihoods(model, requests, vocabulary=vocabulary)
         assert [result.is_greedy for result in found] == [True, True, False, False]
     # What is forbidden to be written keeps its probability.
-    assert found[0].value == pytest.approx(exact_loglikelihoods(model, requests)[0].value)
+    assert found[0].value == pytest.approx(exact_loglikelihoods(model, requests, vocabulary=IDS)[0].value)
 
 
 def test_rolling_windows_begin_behind_the_first_token() -> None:
     model = Causal()
     text = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
-    found = rolling(lambda requests: exact_loglikelihoods(next_token(model, END), requests), [text, []], max_length=4)
+
+    def score(requests: list[Request]) -> list[LogLikelihood]:
+        return exact_loglikelihoods(next_token(model, END), requests, vocabulary=IDS)
+
+    found = rolling(score, [text, []], max_length=4)
     parts = [model.direct([], part) for part in (text[:4], text[4:8], text[8:])]
     assert found[0].value == pytest.approx(sum(parts), rel=1e-12) and found[0].standard_error == 0
     assert found[1] == LogLikelihood(0.0, 0.0, None) and found[0].is_greedy is False
@@ -94,10 +101,12 @@ def test_rolling_windows_begin_behind_the_first_token() -> None:
 def test_progress_and_mistakes() -> None:
     seen: list[tuple[int, int]] = []
     model = next_token(Causal(), END)
-    exact_loglikelihoods(model, REQUESTS, tokens_per_batch=1, on_progress=lambda *report: seen.append(report))
+    exact_loglikelihoods(
+        model, REQUESTS, vocabulary=IDS, tokens_per_batch=1, on_progress=lambda *report: seen.append(report)
+    )
     assert seen[-1] == (6, 6) and [report[0] for report in seen] == sorted({report[0] for report in seen})
-    assert exact_loglikelihoods(model, []) == []
+    assert exact_loglikelihoods(model, [], vocabulary=IDS) == []
     with pytest.raises(ValueError, match="request 0 has no target tokens"):
-        exact_loglikelihoods(model, [Request([1], [], 0)])
+        exact_loglikelihoods(model, [Request([1], [], 0)], vocabulary=IDS)
     with pytest.raises(ValueError, match="tokens_per_batch is 0"):
-        exact_loglikelihoods(model, REQUESTS, tokens_per_batch=0)
+        exact_loglikelihoods(model, REQUESTS, vocabulary=IDS, tokens_per_batch=0)

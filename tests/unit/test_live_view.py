@@ -14,9 +14,11 @@ import torch
 from megatron_dlm.data.tokenizer import ByteTokenizer
 from megatron_dlm.generation.live_view import LiveView
 from megatron_dlm.shipped.sampler import Step
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 TOKENIZER = ByteTokenizer()
 MASK, END = TOKENIZER.mask_token_id, TOKENIZER.end_of_document_id
+IDS = Vocabulary(MASK)
 BLOCK = "\u2591"
 
 
@@ -143,8 +145,8 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Screen]:
     yield screen
 
 
-def view(stream: io.StringIO, **options: int) -> LiveView:
-    return SlowSampler(TOKENIZER.decode, MASK, stream, clock=Clock(), **options)
+def view(stream: io.StringIO, vocabulary: Vocabulary = IDS, **options: int) -> LiveView:
+    return SlowSampler(TOKENIZER.decode, vocabulary, stream, clock=Clock(), **options)
 
 
 def step(number: int, text: str | list[int], filled: tuple[int, ...] = ()) -> Step:
@@ -242,7 +244,7 @@ def test_an_interrupt_while_the_text_is_made_leaves_the_terminal_clean(screen: S
             raise KeyboardInterrupt
         return TOKENIZER.decode(ids)
 
-    with pytest.raises(KeyboardInterrupt), LiveView(decode, MASK, screen) as live:
+    with pytest.raises(KeyboardInterrupt), LiveView(decode, Vocabulary(MASK), screen) as live:
         live(step(0, "one_two"))
     assert screen.everything == ["$"] and screen.is_clean()
 
@@ -257,7 +259,7 @@ def test_control_characters_do_not_reach_the_terminal(screen: Screen) -> None:
 
 def test_at_most_twenty_frames_a_second_and_nothing_new_is_missed(screen: Screen) -> None:
     clock = Clock()
-    with LiveView(TOKENIZER.decode, MASK, screen, clock=clock) as live:
+    with LiveView(TOKENIZER.decode, IDS, screen, clock=clock) as live:
         live(step(0, "____"))
         before = screen.frames
         for number in range(1, 5):
@@ -272,7 +274,7 @@ def test_at_most_twenty_frames_a_second_and_nothing_new_is_missed(screen: Screen
 
 def test_drawing_takes_a_tenth_of_the_time_at_most(screen: Screen) -> None:
     clock = Clock()
-    with LiveView(TOKENIZER.decode, MASK, screen, clock=clock) as live:
+    with LiveView(TOKENIZER.decode, IDS, screen, clock=clock) as live:
         clock.pace = 0.5  # between looks, and so for a frame
         live(step(0, "__"))
         clock.pace = 0.0
@@ -285,7 +287,7 @@ def test_drawing_takes_a_tenth_of_the_time_at_most(screen: Screen) -> None:
 
 def test_control_tokens_and_the_end_of_the_text(screen: Screen) -> None:
     start = [END, 97, MASK, MASK, MASK]
-    with view(screen, end_of_document_id=END) as live:
+    with view(screen, TOKENIZER.vocabulary) as live:
         live(step(0, start))
         live(step(1, [END, 97, 98, END, MASK], (2, 3)))
         assert screen.text[1] == f"\u25caab\u25ca{BLOCK}"

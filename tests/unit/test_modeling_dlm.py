@@ -14,7 +14,8 @@ from megatron_dlm.config.tree import DiffusionConfig
 from megatron_dlm.diffusion.objective import MaskedDiffusion
 from megatron_dlm.shipped.configuration_dlm import DLMConfig
 from megatron_dlm.shipped.modeling_dlm import DLMForMaskedDiffusion
-from megatron_dlm.shipped.sampler import SamplerOptions, sample
+from megatron_dlm.shipped.sampler import sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 
 VOCAB, END, MASK = 50, 48, 49
 SHAPES = [{"qk_norm": True}, {"qk_norm": False, "num_key_value_heads": 4}, {"tie_word_embeddings": True}]
@@ -88,8 +89,7 @@ def test_the_loss_is_that_of_training(shorten: float) -> None:
     objective = MaskedDiffusion(
         DiffusionConfig(random_length_probability=shorten),
         seed=3,
-        mask_token_id=MASK,
-        end_of_document_id=END,
+        vocabulary=Vocabulary(MASK, END),
         sequence_length=16,
     )
     batch = objective.batch(x, ids, step=0, global_batch_size=6)
@@ -152,7 +152,7 @@ def test_generate_is_the_sampler() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     options = {"steps": 4, "block_length": 4, "temperature": 0.7, "seed": 9}
     expected = sample(
-        model.denoise, prompts, SamplerOptions(**options), mask_token_id=MASK, end_of_document_id=END, max_new_tokens=8
+        model.denoise, prompts, SamplerOptions(**options), vocabulary=Vocabulary(MASK, END), max_new_tokens=8
     )
     result = model.generate(padded, attention_mask=mask, max_new_tokens=8, return_dict_in_generate=True, **options)
     assert result.forwards == expected.forwards and result.samples.tokens == expected.tokens

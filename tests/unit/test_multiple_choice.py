@@ -26,7 +26,8 @@ from megatron_dlm.evaluation.multiple_choice import (
 from megatron_dlm.evaluation.scoring import encode_pair, score
 from megatron_dlm.evaluation.tasks import Question, Task
 from megatron_dlm.generation.text_model import TextModel
-from megatron_dlm.shipped.sampler import SamplerOptions, next_token
+from megatron_dlm.shipped.sampler import next_token
+from megatron_dlm.shipped.sampler_plan import SamplerOptions
 from tests.questions import rigged
 
 BYTES = ByteTokenizer()
@@ -192,9 +193,9 @@ def test_answers_are_the_likelihoods_of_the_options(autoregressive: bool, monkey
         for request, value, error in zip(requests, found[index].values, found[index].errors, strict=True):
             assert request.group == index
             if autoregressive:
-                (alone,) = exact_loglikelihoods(next_token(one.denoise, 256), [request])
+                (alone,) = exact_loglikelihoods(next_token(one.denoise, 256), [request], vocabulary=BYTES.vocabulary)
             else:
-                (alone,) = loglikelihoods(one.denoise, [request], options, mask_token_id=BYTES.mask_token_id)
+                (alone,) = loglikelihoods(one.denoise, [request], options, vocabulary=BYTES.vocabulary)
             assert (value, error) == pytest.approx((alone.value, alone.standard_error))
             assert autoregressive or (error or 0) > 0
     assert sum(rounds) == 20 and shares == sorted(shares) and shares[-1] == 1.0

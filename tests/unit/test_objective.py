@@ -15,6 +15,7 @@ from megatron_dlm.config.tree import AutoregressiveConfig, Config, DiffusionConf
 from megatron_dlm.diffusion.objective import Autoregressive, Batch, MaskedDiffusion, _capacity, build_objective
 from megatron_dlm.diffusion.schedule import levels_and_weights
 from megatron_dlm.errors import ConfigError
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 from tests.enumeration import MASK_ID as TINY_MASK
 from tests.enumeration import SEQ as TINY_SEQ
 from tests.enumeration import TinyPredictor
@@ -26,16 +27,14 @@ def diffusion(sequence_length: int = SEQ, mask_token_id: int = MASK, **options: 
     return MaskedDiffusion(
         DiffusionConfig(**options),
         seed=5,
-        mask_token_id=mask_token_id,
-        end_of_document_id=EOD,
+        vocabulary=Vocabulary(mask_token_id, EOD),
         sequence_length=sequence_length,
     )
 
 
 def autoregressive(**options: Any) -> Autoregressive:
-    return Autoregressive(
-        AutoregressiveConfig(**options), seed=5, mask_token_id=MASK, end_of_document_id=EOD, sequence_length=SEQ
-    )
+    config = AutoregressiveConfig(**options)
+    return Autoregressive(config, seed=5, vocabulary=Vocabulary(MASK, EOD), sequence_length=SEQ)
 
 
 def tokens_of(sample_ids: np.ndarray) -> Tensor:
@@ -232,13 +231,13 @@ def test_capacity_holds_the_masked_rows() -> None:
 def test_build_objective_follows_the_config() -> None:
     config = Config()
     config.run.seed, config.data.sequence_length = 5, SEQ
-    built = build_objective(config, mask_token_id=MASK, end_of_document_id=EOD)
+    built = build_objective(config, Vocabulary(MASK, EOD))
     assert isinstance(built, MaskedDiffusion)
     ids = np.arange(4)
     expected = diffusion().batch(tokens_of(ids), ids, step=0, global_batch_size=4)
     _require_equal(built.batch(tokens_of(ids), ids, step=0, global_batch_size=4), expected)
     config.model.objective, config.autoregressive.input_mask_ratio = "autoregressive", 0.5
-    built = build_objective(config, mask_token_id=MASK, end_of_document_id=EOD)
+    built = build_objective(config, Vocabulary(MASK, EOD))
     assert isinstance(built, Autoregressive)
     expected = autoregressive(input_mask_ratio=0.5).batch(tokens_of(ids), ids, step=0, global_batch_size=4)
     _require_equal(built.batch(tokens_of(ids), ids, step=0, global_batch_size=4), expected)

@@ -20,6 +20,7 @@ from megatron_dlm.config.tree import DiffusionConfig
 from megatron_dlm.diffusion.objective import MaskedDiffusion
 from megatron_dlm.diffusion.schedule import elbo_weight, levels_and_weights, mask_probability
 from megatron_dlm.diffusion.weighting import cart_weights
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 from tests.enumeration import SEQ as TINY_SEQ
 from tests.enumeration import TinyPredictor
 
@@ -35,7 +36,7 @@ def draw(length: int = SEQ, **options: Any) -> tuple[Tensor, Tensor, float, np.n
     generator = torch.Generator().manual_seed(3)
     clean = torch.randint(0, MASK, (BATCH, SEQ), generator=generator)
     settings = DiffusionConfig(random_length_probability=0.0, **options)
-    objective = MaskedDiffusion(settings, seed=SEED, mask_token_id=MASK, end_of_document_id=29, sequence_length=SEQ)
+    objective = MaskedDiffusion(settings, seed=SEED, vocabulary=Vocabulary(MASK, 29), sequence_length=SEQ)
     if length < SEQ:
         objective.lengths = lambda *_: torch.full((BATCH,), length)  # type: ignore[method-assign]
     ids = np.arange(BATCH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dlm.shipped.sampler import SamplerOptions, Step, next_token, sample
+from megatron_dlm.shipped.sampler import Step, next_token, sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary, plan
 
 VOCAB, MASK, END = 23, 22, 21
+IDS, ENDING = Vocabulary(MASK), Vocabulary(MASK, END)
 
 
 class Bidirectional:
@@ -48,7 +51,7 @@ class Bidirectional:
 
 
 def fill(model: Callable, prompts: list[list[int]], /, new: int = 0, **options) -> list[list[int]]:
-    return sample(model, prompts, SamplerOptions(**options), mask_token_id=MASK, max_new_tokens=new).tokens
+    return sample(model, prompts, SamplerOptions(**options), vocabulary=IDS, max_new_tokens=new).tokens
 
 
 def llada(model: Bidirectional, prompt: list[int], *, steps: int, gen_length: int, block_length: int) -> list[int]:
@@ -106,7 +109,7 @@ def test_never_writes_a_mask_or_a_forbidden_token() -> None:
     for temperature in (0.0, 2.0):
         model = Bidirectional(likes=MASK)
         assert all(MASK not in row for row in fill(model, [[1], [2, 3]], 10, temperature=temperature))
-    rows = sample(Bidirectional(likes=4), [[1]], mask_token_id=MASK, max_new_tokens=9, forbidden_token_ids=[4]).tokens
+    rows = sample(Bidirectional(likes=4), [[1]], vocabulary=IDS.forbidding([4]), max_new_tokens=9).tokens
     assert 4 not in rows[0] and MASK not in rows[0]
 
 
@@ -124,15 +127,15 @@ def test_stops_at_end_of_document_and_leaves_finished_rows_alone() -> None:
         return logits
 
     options = SamplerOptions(block_length=4)
-    result = sample(denoise, [[1, 2], [3, 4]], options, mask_token_id=MASK, end_of_document_id=END, max_new_tokens=16)
+    result = sample(denoise, [[1, 2], [3, 4]], options, vocabulary=ENDING, max_new_tokens=16)
     assert result.tokens[0][5:] == [END] * 13 and END not in result.tokens[0][:5]
     assert result.continuations[0] == result.tokens[0][2:5] and len(result.continuations[1]) == 16
     assert result.texts[0] == result.tokens[0][:5]
     assert result.forwards == 16 and [size for size, _ in model.calls] == [2] * 4 + [1] * 12
     assert result.sequence_forwards == 20
     # An end that was given is no end.
-    ids = {"mask_token_id": MASK, "end_of_document_id": END, "forbidden_token_ids": [END]}
-    given = sample(Bidirectional(), [[END, MASK, 5]], max_new_tokens=3, **ids)
+    vocabulary = ENDING.forbidding([END])
+    given = sample(Bidirectional(), [[END, MASK, 5]], vocabulary=vocabulary, max_new_tokens=3)
     assert given.forwards == 4 and len(given.texts[0]) == 6 and MASK not in given.texts[0]
 
 
@@ -182,7 +185,7 @@ def test_equals_the_definitions_row_by_row(remasking: str, seed: int) -> None:
     steps = choose.choice([None, 20, 40] if block_length == 1 else [None, 7, 9, 20])
     guidance = choose.choice([0.0, 0.7, -1.0])
     options = SamplerOptions(steps=steps, block_length=block_length, remasking=remasking, guidance=guidance)
-    result = sample(model, prompts, options, mask_token_id=MASK, end_of_document_id=END, max_new_tokens=new)
+    result = sample(model, prompts, options, vocabulary=ENDING, max_new_tokens=new)
     assert result.tokens == [plainly(model, prompt, new, options) for prompt in prompts]
     sizes = [size for size, _ in model.calls[: result.forwards]]
     assert sizes == sorted(sizes, reverse=True) and sum(sizes) == result.sequence_forwards
@@ -192,7 +195,7 @@ def test_random_remasking_keeps_any_place_and_every_seed_is_its_own() -> None:
     def first(seed: int) -> tuple[int, ...]:
         steps: list[Step] = []
         options = SamplerOptions(remasking="random", seed=seed, steps=4)
-        sample(Bidirectional(), [[1]], options, mask_token_id=MASK, max_new_tokens=8, on_step=steps.append)
+        sample(Bidirectional(), [[1]], options, vocabulary=IDS, max_new_tokens=8, on_step=steps.append)
         return tuple(steps[1].revealed[0].nonzero().flatten().tolist())
 
     kept = [first(seed) for seed in (*range(40), *(4096 * i for i in range(1, 41)))]
@@ -202,11 +205,37 @@ def test_random_remasking_keeps_any_place_and_every_seed_is_its_own() -> None:
 
 
 def test_steps_are_divided_by_masks() -> None:
-    for masks, steps, forwards in ((33, 33, 33), (40, 40, 40), (100, 50, 50), (33, 2, 2), (33, 99, 33)):
+    for masks, steps, forwards in ((33, 33, 33), (40, 40, 40), (40, 20, 20), (100, 50, 50), (33, 2, 2), (33, 99, 33)):
         options = SamplerOptions(steps=steps, block_length=32)
         model = Bidirectional()
         model.position = model.position.repeat(3, 1)
-        assert sample(model, [[1]], options, mask_token_id=MASK, max_new_tokens=masks).forwards == forwards
+        assert sample(model, [[1]], options, vocabulary=IDS, max_new_tokens=masks).forwards == forwards
+        assert len(plan(masks, steps, 32)) == forwards
+    with pytest.raises(ValueError, match=r"steps \(1\) must be at least the number of blocks \(2\)"):
+        plan(33, 1, 32)
+
+
+@pytest.mark.parametrize("block_length", [None, 1, 5, 32])
+@pytest.mark.parametrize("steps", [None, 40, 50])
+def test_the_plan_is_what_the_sampler_does(steps: int | None, block_length: int | None) -> None:
+    called: list[int] = []
+
+    def denoise(tokens: Tensor, lengths: Tensor | None, rows: Tensor) -> Tensor:
+        called.append(len(rows))
+        return torch.zeros(len(rows), VOCAB)
+
+    several = [[1, MASK, 2], [3] * 6, [4, MASK, MASK, MASK]]
+    for prompts, new in itertools.product(([[1]], several), (0, 1, 7, 37)):
+        called.clear()
+        seen: list[Step] = []
+        options = SamplerOptions(steps=steps, block_length=block_length)
+        sample(denoise, prompts, options, vocabulary=IDS, max_new_tokens=new, on_step=seen.append)
+        plans = [plan(prompt.count(MASK) + new, steps, block_length) for prompt in prompts]
+        asked = [sum(row[i].asked for row in plans if i < len(row)) for i in range(max(map(len, plans)))]
+        assert called == asked
+        for row, planned in enumerate(plans):
+            kept = [int(step.revealed[row].sum()) for step in seen[1 : len(planned) + 1]]
+            assert kept == [step.kept for step in planned]
 
 
 def test_infilling_reads_both_sides_and_changes_nothing_else() -> None:
@@ -216,14 +245,14 @@ def test_infilling_reads_both_sides_and_changes_nothing_else() -> None:
     assert row != fill(Bidirectional(), [[1, MASK, 3, MASK, MASK, 7]])[0][:5] + [6]
     steps: list[Step] = []
     options = SamplerOptions(block_length=1)
-    sample(Bidirectional(), [prompt], options, mask_token_id=MASK, on_step=steps.append)
+    sample(Bidirectional(), [prompt], options, vocabulary=IDS, on_step=steps.append)
     assert [step.revealed[0].nonzero().flatten().tolist() for step in steps] == [[], [1], [3], [4]]
 
 
 def test_steps_report_what_happened() -> None:
     steps: list[Step] = []
     options = SamplerOptions(steps=5, temperature=1.0)
-    result = sample(Bidirectional(), [[1, 2], [3]], options, mask_token_id=MASK, max_new_tokens=7, on_step=steps.append)
+    result = sample(Bidirectional(), [[1, 2], [3]], options, vocabulary=IDS, max_new_tokens=7, on_step=steps.append)
     assert [step.number for step in steps] == list(range(6)) and steps[0].lengths == [9, 8]
     assert [int(step.revealed[0].sum()) for step in steps] == [0, 2, 2, 1, 1, 1]
     for before, step in zip(steps, steps[1:], strict=False):
@@ -237,7 +266,7 @@ def test_threshold_keeps_all_that_are_sure_and_at_least_one() -> None:
     for threshold in (0.0, 0.6, 1.0):
         steps: list[Step] = []
         options = SamplerOptions(threshold=threshold)
-        sample(Bidirectional(), [[1, 2, 3]], options, mask_token_id=MASK, max_new_tokens=12, on_step=steps.append)
+        sample(Bidirectional(), [[1, 2, 3]], options, vocabulary=IDS, max_new_tokens=12, on_step=steps.append)
         kept = [step.confidence[0][step.revealed[0]] for step in steps[1:]]
         assert all(len(values) == 1 or (values > threshold).all() for values in kept)
         assert sum(map(len, kept)) == 12
@@ -253,7 +282,7 @@ def test_draws_have_the_softmax_distribution() -> None:
 
     def counts(**options) -> Tensor:
         settings = SamplerOptions(steps=1, seed=1, **options)
-        rows = sample(denoise, [[0]], settings, mask_token_id=5, max_new_tokens=20000).tokens
+        rows = sample(denoise, [[0]], settings, vocabulary=Vocabulary(5), max_new_tokens=20000).tokens
         return torch.bincount(torch.tensor(rows[0][1:]), minlength=5) / 20000
 
     for temperature in (0.5, 1.0, 3.0):
@@ -301,7 +330,7 @@ def test_causal_models_continue_greedily() -> None:
     prompts = [[1, 2, 3], [4], []]
     options = SamplerOptions(block_length=1)
     denoise = next_token(model, END)
-    result = sample(denoise, prompts, options, mask_token_id=MASK, end_of_document_id=END, max_new_tokens=6)
+    result = sample(denoise, prompts, options, vocabulary=ENDING, max_new_tokens=6)
     assert result.forwards <= 6
     for prompt, row in zip(prompts, result.texts, strict=True):
         text = list(prompt)

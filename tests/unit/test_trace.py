@@ -16,7 +16,8 @@ from megatron_dlm.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Sen
 from megatron_dlm.errors import DataError
 from megatron_dlm.generation.trace import Cell, Fill, Recorder, Speller, Trace, TraceRow, visible
 from megatron_dlm.generation.trace_page import render, write
-from megatron_dlm.shipped.sampler import SamplerOptions, Step, sample
+from megatron_dlm.shipped.sampler import Step, sample
+from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 
 BYTES = ByteTokenizer()
 MASK, END = BYTES.mask_token_id, BYTES.end_of_document_id
@@ -34,7 +35,7 @@ def step(number: int, rows: list[list[int]], filled: dict[tuple[int, int], float
 
 
 def record(*steps: Step, end: int | None = None) -> Trace:
-    recorder = Recorder(BYTES.decode, MASK, end)
+    recorder = Recorder(BYTES.decode, Vocabulary(MASK, end))
     for one in steps:
         recorder(one)
     return recorder.trace("title", {"steps": "2"})
@@ -88,7 +89,7 @@ def test_what_is_behind_a_new_end_is_set_apart() -> None:
 
 
 def test_the_recorder_keeps_no_tensor_of_the_sampler() -> None:
-    recorder = Recorder(BYTES.decode, MASK)
+    recorder = Recorder(BYTES.decode, Vocabulary(MASK))
     one = step(1, [[ord("a"), MASK]], {(0, 0): 0.5})
     recorder(one)
     for tensor in (one.tokens, one.revealed, one.confidence):
@@ -232,9 +233,9 @@ def test_a_page_of_the_sampler(tmp_path: Path) -> None:
         logits[torch.arange(len(rows)), target[column]] = 5.0 + column.float()
         return logits
 
-    recorder = Recorder(BYTES.decode, MASK, END)
+    recorder = Recorder(BYTES.decode, BYTES.vocabulary)
     options = SamplerOptions(steps=4)
-    sample(denoise, [[97, 98]], options, mask_token_id=MASK, max_new_tokens=8, on_step=recorder)
+    sample(denoise, [[97, 98]], options, vocabulary=Vocabulary(MASK), max_new_tokens=8, on_step=recorder)
     write(recorder.trace("t", {}), tmp_path / "page.html")
     cells = data_of((tmp_path / "page.html").read_text())["rows"][0]["cells"]
     assert "".join(cell[0] for cell in cells) == "abcdefghij"

@@ -15,6 +15,7 @@ from megatron_dlm.diffusion.objective import build_objective
 from megatron_dlm.generation.denoiser import Denoiser
 from megatron_dlm.model.transformer import DiffusionTransformer, build_model
 from megatron_dlm.parallel.topology import initialize
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 from tests.runs import tiny_config
 
 VOCAB = 250
@@ -32,7 +33,7 @@ def test_initial_loss_is_that_of_small_random_logits(objective: str) -> None:
     """ln V + d * sigma^2 / 2: the final norm makes |hidden|^2 = d, so logits have variance d * sigma^2."""
     hidden, std = 256, 0.05
     chunk, config = model(model={"objective": objective, "hidden_size": hidden, "init_std": std, "head_dim": 16})
-    noising = build_objective(config, mask_token_id=VOCAB - 1, end_of_document_id=VOCAB - 2)
+    noising = build_objective(config, Vocabulary(VOCAB - 1, VOCAB - 2))
     tokens = torch.randint(0, VOCAB - 2, (64, 32), generator=torch.Generator().manual_seed(3))
     batch = noising.batch(tokens, np.arange(64), step=0, global_batch_size=64)
     loss = float(chunk(batch.inputs, batch.lengths, batch).loss_sum.detach()) / batch.num_eligible
@@ -44,7 +45,7 @@ def test_initial_loss_is_that_of_small_random_logits(objective: str) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_loss_and_gradient_equal_those_of_full_logits(objective: str, tied: bool) -> None:
     chunk, config = model(model={"objective": objective, "tie_embeddings": tied})
-    noising = build_objective(config, mask_token_id=VOCAB - 1, end_of_document_id=VOCAB - 2)
+    noising = build_objective(config, Vocabulary(VOCAB - 1, VOCAB - 2))
     tokens = torch.randint(0, VOCAB - 2, (4, 32), generator=torch.Generator().manual_seed(3))
     batch = noising.batch(tokens, np.arange(4), step=0, global_batch_size=4)
     losses = chunk(batch.inputs, batch.lengths, batch)

@@ -14,6 +14,7 @@ from dlm_kernels.reference import cross_entropy, linear_cross_entropy
 from megatron_dlm.config.tree import DiffusionConfig
 from megatron_dlm.diffusion.objective import Batch, MaskedDiffusion
 from megatron_dlm.diffusion.weighting import CART_Q, cart_weights
+from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 BATCH, SEQ, HIDDEN, MASK = 8, 24, 5, 40
 OPTIONS: list[dict[str, Any]] = [
@@ -33,7 +34,7 @@ every_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".joi
 def batch(options: dict[str, Any], ids: np.ndarray, purpose: Purpose = Purpose.TRAIN) -> Batch:
     """The samples `ids` of step 3, or of the validation set; a third of the sequences are cut."""
     settings = DiffusionConfig(**{"random_length_probability": 0.3, **options})
-    objective = MaskedDiffusion(settings, seed=5, mask_token_id=MASK, end_of_document_id=39, sequence_length=SEQ)
+    objective = MaskedDiffusion(settings, seed=5, vocabulary=Vocabulary(MASK, 39), sequence_length=SEQ)
     sequences = ids // 2 if settings.complementary and purpose is Purpose.TRAIN else ids
     tokens = torch.from_numpy((sequences[:, None] * 31 + np.arange(SEQ) * 7) % 39)
     return objective.batch(tokens, ids, step=3, global_batch_size=BATCH, purpose=purpose)
