@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from dlm_kernels.noise_levels import draw, draw_pairs
-from megatron_dlm.config.load import from_dict, read_yaml
+from megatron_dlm.config.load import read_stored
 from megatron_dlm.config.tree import Config, DiffusionConfig, ParallelConfig
 from megatron_dlm.diffusion.objective import build_objective
 from megatron_dlm.diffusion.schedule import levels_and_weights, pair_levels_and_weights
@@ -111,7 +111,7 @@ def load(directory: Path) -> Any:
         directory = pointer.parent / pointer.read_text().strip()
     if not (directory / "checkpoint.json").is_file():
         raise ConfigError(f"{directory} is no checkpoint and has none; give a run's directory or a checkpoint")
-    config: Config = from_dict(read_yaml(str(directory / "config.yaml")))
+    config: Config = read_stored(directory / "config.yaml")
     if config.model.objective != "masked_diffusion":
         raise ConfigError(f"{directory} is an autoregressive model; give one of masked diffusion")
     config = replace(config, parallel=ParallelConfig())

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="a run, a checkpoint or an export")
     parser.add_argument("--sentences", type=int, default=8, help="questions with sentences (%(default)s)")
     parser.add_argument("--letters", type=int, default=64, help="questions with letters (%(default)s)")
-    parser.add_argument("--samples", type=int, default=128, help="masks of every sentence (%(default)s)")
+    parser.add_argument("--masks", type=int, default=128, help="masks of every sentence (%(default)s)")
     parser.add_argument("--context-words", type=int, default=24, help="(%(default)s)")
     parser.add_argument("--tokens-per-batch", type=int, default=16384, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of each (%(default)s)")
@@ -58,7 +58,7 @@ def main() -> None:
         print(f"{kind:<10}{batched:8.2f} questions/s batched, {alone:8.2f} one by one: {found['ratio']:.2f}x")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {args.threads} threads"
     print(
-        f"{args.samples} masks of a sentence | {args.tokens_per_batch} tokens a batch | {args.rounds} rounds | {device}"
+        f"{args.masks} masks of a sentence | {args.tokens_per_batch} tokens a batch | {args.rounds} rounds | {device}"
     )
 
 
@@ -81,7 +81,7 @@ def questions(kind: str, count: int, context_words: int) -> list[Question]:
 
 def compare(model: TextModel, encoded: EncodedTask, args: argparse.Namespace) -> dict[str, float]:
     """Questions/s with all questions at once, and with one request at a time, its masks as a batch; and the ratio."""
-    options = LikelihoodOptions(samples=args.samples, tokens_per_batch=args.tokens_per_batch)
+    options = LikelihoodOptions(masks=args.masks, tokens_per_batch=args.tokens_per_batch)
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     requests = [request for requests in encoded.requests for request in requests]
     ways = {

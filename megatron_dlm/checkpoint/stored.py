@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from megatron_dlm.checkpoint import manifest
 from megatron_dlm.checkpoint.tensor_files import COMMON, INDEX
-from megatron_dlm.config.load import from_dict, read_yaml
+from megatron_dlm.config.load import read_stored
 from megatron_dlm.config.tree import Config
 from megatron_dlm.errors import ConfigError
 from megatron_dlm.files import flush
@@ -57,11 +57,7 @@ def open_checkpoint(path: str | Path) -> StoredCheckpoint:
         info = json.loads((directory / INFO).read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {directory}: {error.strerror}; check the path") from None
-    try:
-        config = from_dict(read_yaml(str(directory / CONFIG)))
-    except ConfigError as error:
-        raise ConfigError(f"{directory} is of another version of megatron_dlm: {error}") from None
-    return StoredCheckpoint(directory, config, info)
+    return StoredCheckpoint(directory, read_stored(directory / CONFIG), info)
 
 
 def find_fault(directory: Path) -> str | None:

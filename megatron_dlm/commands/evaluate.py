@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _LM_EVAL = "lm_eval:"
 _TEXT_TASKS = ("nelbo", "noise_levels")
-_TEXT_SAMPLES = 16
 _TOKENS_PER_BATCH_ON_CPU = 4096
 
 
@@ -54,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--include-path", metavar="DIR", help="a folder with YAML files of further tasks for lm-eval")
     how = parser.add_argument_group("likelihoods of a masked diffusion model (autoregressive ones are exact)")
     how.add_argument(
-        "--samples",
+        "--masks",
         type=int,
         metavar="N",
         help="masks of every answer (128, as is usual for HellaSwag; 1 where all answers are single tokens, as MMLU's "
@@ -173,7 +172,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     from megatron_dlm.evaluation.run_tasks import TaskOptions, evaluate_task
 
-    options = TaskOptions(likelihood, args.samples, args.log_questions)
+    options = TaskOptions(likelihood, args.masks, args.log_questions)
     try:
         with _progress(task.name, first) as on_progress:
             result = evaluate_task(model, identity, task, options, answers, on_progress=on_progress)
@@ -198,10 +197,10 @@ def _measure_text(
             show(done / total)
 
         if name == "nelbo":
-            from megatron_dlm.evaluation.text_nelbo import text_nelbo
+            from megatron_dlm.evaluation.text_nelbo import WINDOW_MASKS, text_nelbo
 
-            samples = _TEXT_SAMPLES if args.samples is None else args.samples
-            nelbo = text_nelbo(model, source, samples=samples, on_progress=on_progress, **common)
+            masks = WINDOW_MASKS if args.masks is None else args.masks
+            nelbo = text_nelbo(model, source, masks=masks, on_progress=on_progress, **common)
             return {"metrics": _nelbo_metrics(nelbo.as_dict()), "data": source, **nelbo.as_dict()}
         from megatron_dlm.evaluation.noise_level_table import noise_level_table
 
@@ -235,13 +234,13 @@ def _lm_eval(
 ) -> dict[str, dict[str, Any]]:
     from dataclasses import replace
 
+    from megatron_dlm.evaluation.likelihood_masks import DEFAULT_MASKS
     from megatron_dlm.evaluation.lm_eval_model import run_lm_eval
-    from megatron_dlm.evaluation.multiple_choice import SAMPLES
 
     found = run_lm_eval(
         model,
         names,
-        replace(likelihood, samples=SAMPLES if args.samples is None else args.samples),
+        replace(likelihood, masks=DEFAULT_MASKS if args.masks is None else args.masks),
         include_path=args.include_path,
         limit=args.limit,
         num_fewshot=args.num_fewshot,
@@ -302,7 +301,7 @@ def _names(args: argparse.Namespace) -> list[str]:
         )
     if any(name.startswith(_LM_EVAL) for name in names) and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-eval's tasks need the package lm-eval: pip install 'megatron-dlm[eval]'")
-    for option, least in (("limit", 1), ("samples", 1), ("num_fewshot", 0)):
+    for option, least in (("limit", 1), ("masks", 1), ("num_fewshot", 0)):
         if (value := getattr(args, option)) is not None and value < least:
             raise ConfigError(f"--{option.replace('_', '-')} is {value}; it must be at least {least}")
     if args.num_fewshot and not any(name == "mmlu" or name.startswith(_LM_EVAL) for name in names):

@@ -144,7 +144,7 @@ def _check_tasks(config: Config) -> None:
     for index, task in enumerate(tasks):
         if not task.path.strip():
             raise ConfigError(f"evaluate.tasks[{index}].path is empty; give the file of {task.name}, or its folder")
-        for key, value in (("limit", task.limit), ("samples", task.samples)):
+        for key, value in (("limit", task.limit), ("masks", task.masks)):
             if value is not None and not 1 <= value < 2**31:
                 raise ConfigError(f"evaluate.tasks[{index}].{key} is {value}; it must be at least 1 and below 2**31")
         if task.name in (other.name for other in tasks[:index]):

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+RENAMED = {"evaluate.samples": "prompts", "evaluate.tasks[].samples": "masks"}
+"""Keys that had another name once, and the last part of their names now; [] stands for every place of a list."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML in which 1e-3 is a number (YAML 1.1 asks for a dot, and would read it as a string)."""
@@ -126,6 +129,28 @@ def from_dict(mapping: Mapping[str, Any]) -> Config:
     return build(Config, mapping, "")
 
 
+def read_stored(path: Path) -> Config:
+    """The configuration that a run has left at ``path``, with keys renamed that had other names when it was written.
+
+    Raises:
+        ConfigError: it cannot be read, or has keys that no version of these names had; one line.
+    """
+    try:
+        return from_dict(_renamed(read_yaml(str(path)), ""))
+    except ConfigError as error:
+        raise ConfigError(f"{path.parent} is of another version of megatron_dlm: {error}") from None
+
+
+def _renamed(value: Any, key: str) -> Any:
+    """``value``, which stands at ``key`` of the tree, with today's names for the keys in it."""
+    if isinstance(value, list):
+        return [_renamed(item, f"{key}[]") for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    prefix = f"{key}." if key else ""
+    return {RENAMED.get(f"{prefix}{name}", name): _renamed(item, f"{prefix}{name}") for name, item in value.items()}
+
+
 def build(cls: type[T], mapping: Any, prefix: str) -> T:
     """A dataclass of nested dictionaries; ``prefix`` ("model.") stands before its keys in messages.
 
@@ -175,6 +200,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
 
 
 def _unknown(key: str, prefix: str, valid: list[str]) -> str:
+    if name := RENAMED.get(re.sub(r"\[\d+\]", "[]", prefix + key)):
+        return f"{prefix}{key} is now {prefix}{name}; rename it"
     where = f"of {prefix.rstrip('.')}" if prefix else "at the top"
     return f"unknown key {prefix}{key}{_closest(key, valid)}; the keys {where} are: {', '.join(valid)}"
 

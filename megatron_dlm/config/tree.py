@@ -242,7 +242,7 @@ class TaskConfig:
     """Its file, or a folder that has it (see `megatron-dlm evaluate --help`)."""
     limit: int | None = None
     """Questions, the first ones; null: all."""
-    samples: int | None = None
+    masks: int | None = None
     """Masks of every answer; null: 128, and 1 where all answers are single tokens."""
 
 
@@ -254,12 +254,12 @@ class EvaluateConfig:
     """Steps between evaluations; there is one at the end too."""
     sequences: int = 64
     """Held-out sequences of one evaluation (all there are, if fewer)."""
-    samples: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
     """Prompts that the model continues at every evaluation: printed, and written to samples.jsonl and TensorBoard."""
     sample_tokens: int = 64
     """New tokens of a sample, and as many forwards of the prompts as one batch."""
     tasks: list[TaskConfig] = field(default_factory=list)
-    """Multiple-choice tasks of every evaluation: a list of {name, path, limit, samples}; needs data.valid."""
+    """Multiple-choice tasks of every evaluation: a list of {name, path, limit, masks}; needs data.valid."""
 
 
 @dataclass

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dlm.config.check import validate
-from megatron_dlm.config.load import build, from_dict, read_yaml, to_dict
+from megatron_dlm.config.load import build, read_stored, read_yaml, to_dict
 from megatron_dlm.config.tree import Config, ModelConfig
 from megatron_dlm.crossover.curves import Arm, Run, read_run
 from megatron_dlm.errors import ConfigError
@@ -220,10 +220,7 @@ def check_recorded(crossover: Crossover) -> None:
             continue
         if not (directory / "arm.json").exists():
             raise ConfigError(f"{directory} holds a run that is not of a crossover; move it away or choose --output")
-        try:
-            recorded = from_dict(read_yaml(str(directory / "config.yaml")))
-        except ConfigError as error:
-            raise ConfigError(f"{directory} is of another version of megatron_dlm: {error}") from None
+        recorded = read_stored(directory / "config.yaml")
         if difference := first_difference(_bound(recorded), _bound(config)):
             key, before, now = difference
             raise ConfigError(

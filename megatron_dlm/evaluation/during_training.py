@@ -41,12 +41,12 @@ def check_questions(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def _check_prompts(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise ``ConfigError`` where ``evaluate.samples`` cannot be continued within a training sequence."""
-    for prompt in config.evaluate.samples:
+    """Raise ``ConfigError`` where ``evaluate.prompts`` cannot be continued within a training sequence."""
+    for prompt in config.evaluate.prompts:
         needed = len(tokenizer.encode(prompt)) + config.evaluate.sample_tokens
         if needed > config.data.sequence_length:
             raise ConfigError(
-                f"evaluate.samples: {prompt[:20]!r} and evaluate.sample_tokens ({config.evaluate.sample_tokens}) are "
+                f"evaluate.prompts: {prompt[:20]!r} and evaluate.sample_tokens ({config.evaluate.sample_tokens}) are "
                 f"{needed} tokens, more than data.sequence_length ({config.data.sequence_length}); shorten either"
             )
 
@@ -61,7 +61,7 @@ def _check_tasks(config: Config, tokenizer: Tokenizer) -> None:
 
 
 class DuringTraining:
-    """The tasks of ``evaluate.tasks`` and the prompts of ``evaluate.samples``, put to the model as it is."""
+    """The tasks of ``evaluate.tasks`` and the prompts of ``evaluate.prompts``, put to the model as it is."""
 
     def __init__(self, training: Training) -> None:
         """Raises ``DataError`` where a file has changed since the check."""
@@ -74,7 +74,7 @@ class DuringTraining:
         for task in config.evaluate.tasks:
             loaded = load_task(task.name, task.path, limit=task.limit)
             encoded = encode_task(loaded, training.tokenizer, config.data.sequence_length)
-            self._tasks.append((encoded, replace(options, samples=encoded.samples(task.samples))))
+            self._tasks.append((encoded, replace(options, masks=encoded.masks(task.masks))))
 
     def figures(self) -> dict[str, float | None]:
         """``task/NAME/acc``, ``task/NAME/acc_stderr`` and so on; collective, equal on all ranks.
@@ -89,12 +89,12 @@ class DuringTraining:
         return found
 
     def texts(self) -> list[Sample]:
-        """Continue every prompt of ``evaluate.samples``; collective, equal on all ranks.
+        """Continue every prompt of ``evaluate.prompts``; collective, equal on all ranks.
 
         The most probable tokens, in blocks of 32: the texts of different steps differ by what was learned in between.
         """
         config, tokenizer = self._training.config, self._training.tokenizer
-        prompts, new = config.evaluate.samples, config.evaluate.sample_tokens
+        prompts, new = config.evaluate.prompts, config.evaluate.sample_tokens
         if not prompts:
             return []
         model = model_in_training(self._training)

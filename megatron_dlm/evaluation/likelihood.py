@@ -52,7 +52,7 @@ class LogLikelihood(NamedTuple):
     value: float
     """Nats, summed over the target."""
     standard_error: float | None
-    """Nats. 0: the value is exact; None: not known, from a single sample or for a value of -inf."""
+    """Nats. 0: the value is exact; None: not known, from a single mask or for a value of -inf."""
     is_greedy: bool | None
     """Whether greedy decoding of as many tokens gives the target; None: not asked for."""
     degrees_of_freedom: int = OFFSET_GROUPS - 1
@@ -80,7 +80,7 @@ def loglikelihoods(
 
     log p(target | context) >= -E_k[L'/k * sum over k masked tokens of -log p(token | all that is visible)], for L'
     tokens in the target, k uniform on 1..L' and any k tokens equally likely (LLaDA, arXiv 2502.09992, equation 6). The
-    context is always visible. The samples fall into 8 groups; the standard error is that of the mean over them.
+    context is always visible. The masks fall into 8 groups; the standard error is that of the mean over them.
 
     A result does not depend on the requests beside it, on their order or on the batches, but for rounding. Requests of
     one group with equal contexts go through the model once where they show it the same tokens.

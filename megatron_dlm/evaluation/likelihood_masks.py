@@ -14,6 +14,8 @@ from dlm_kernels.philox import MASK32, TOKEN_POSITION_BITS, Stream, philox4x32, 
 Estimator = Literal["exact_count", "one_over_t", "left_to_right"]
 
 TOKENS_PER_BATCH = 16384
+DEFAULT_MASKS = 128
+"""Of a target of several tokens, as is usual for HellaSwag."""
 OFFSET_GROUPS = 8
 # Smallest mask probability of one_over_t: with weights 1/p down to p = 0 its variance would be infinite.
 _EPS = 1e-3
@@ -29,9 +31,8 @@ class LikelihoodOptions:
     Dream have it. The same bound (to 0.1 %), but several times the error, and intervals that are too narrow: small p
     are rare and weigh much. left_to_right: the chain rule, each token given those before it and masks behind. Exact,
     but ANOTHER quantity, the likelihood in one order, where the bound is a mean over all: never compare the two."""
-    samples: int = 128
-    """Masks of every target. Usual are 128 for answers of several tokens, and 1 where all have one token. Intervals
-    from fewer than 8 are too narrow."""
+    masks: int = DEFAULT_MASKS
+    """Of every target; 1 is enough where all targets have one token. Intervals from fewer than 8 are too narrow."""
     guidance: float = 0.0
     """Classifier-free guidance: logits = without + (guidance + 1) * (with - without the context). Other than at 0 the
     result is a score, and bounds no likelihood."""
@@ -40,14 +41,14 @@ class LikelihoodOptions:
     tokens_per_batch: int = TOKENS_PER_BATCH
     """Tokens of one forward, padding included; but at least one sequence."""
     enumerate_short: bool = True
-    """exact_count: a target with no more masks (2**L' - 1) than ``samples`` gets each of them once, with its weight:
-    the bound without error, at no higher cost. Targets of one token always do."""
+    """exact_count: a target with no more possible masks (2**L' - 1) than ``masks`` gets each of them once, with its
+    weight: the bound without error, at no higher cost. Targets of one token always do."""
 
     def __post_init__(self) -> None:
         if self.estimator not in get_args(Estimator):
             raise ValueError(f"estimator {self.estimator!r} is unknown; choose from {', '.join(get_args(Estimator))}")
-        if not 1 <= self.samples < 2**31:
-            raise ValueError(f"samples is {self.samples}; it must be at least 1 and below 2**31")
+        if not 1 <= self.masks < 2**31:
+            raise ValueError(f"masks is {self.masks}; it must be at least 1 and below 2**31")
         if not -1 <= self.guidance < math.inf:
             raise ValueError(f"guidance is {self.guidance}; it must be a finite number, at least -1")
         if not 0 <= self.seed < 2**64:
@@ -79,7 +80,7 @@ def plan(options: LikelihoodOptions, group: int, length: int) -> Plan:
     if options.estimator == "left_to_right":
         position = np.arange(length)
         return Plan(position >= position[:, None], np.eye(length, dtype=bool), np.ones((1, length)), exact=True)
-    few = length == 1 or (options.enumerate_short and 2**length - 1 <= options.samples)
+    few = length == 1 or (options.enumerate_short and 2**length - 1 <= options.masks)
     if options.estimator == "exact_count" and few:
         return _every_mask(length)
     return _drawn_masks(options, group, length)
@@ -99,18 +100,18 @@ def _every_mask(length: int) -> Plan:
 
 
 def _drawn_masks(options: LikelihoodOptions, group: int, length: int) -> Plan:
-    """Samples in groups of their own offset u: sample j of n has the noise level (u + j/n) mod 1.
+    """Draws in groups of their own offset u: draw j of the n in a group has the noise level (u + j/n) mod 1.
 
     k = floor(level * L') + 1, and the k tokens with the smallest keys are masked; or the tokens whose key is below p.
     """
-    samples = np.arange(options.samples)
-    groups = min(options.samples, OFFSET_GROUPS)
-    member = samples * groups // options.samples
+    draws = np.arange(options.masks)
+    groups = min(options.masks, OFFSET_GROUPS)
+    member = draws * groups // options.masks
     sizes = np.bincount(member)[member]
-    place = samples - np.searchsorted(member, member)
+    place = draws - np.searchsorted(member, member)
     offsets = _bits(options.seed, group, np.arange(groups), 0)[member]
     levels = (offsets + (place << 32) // sizes) & MASK32
-    keys = _bits(options.seed, group, np.arange(length), 1 + samples[:, None])
+    keys = _bits(options.seed, group, np.arange(length), 1 + draws[:, None])
     if options.estimator == "exact_count":
         counts = linear_count(levels, length)
         keys = keys << TOKEN_POSITION_BITS | np.arange(length)
@@ -128,6 +129,6 @@ def _drawn_masks(options: LikelihoodOptions, group: int, length: int) -> Plan:
 
 
 def _bits(seed: int, group: int, position: np.ndarray, draw: int | np.ndarray) -> np.ndarray:
-    """uint32 values held in int64. Draw 0 is for the offsets, 1 + j for the keys of sample j; they broadcast."""
+    """uint32 values held in int64. Draw 0 is for the offsets, 1 + j for the keys of mask j; they broadcast."""
     counter = token_counter(group, position)
     return philox4x32(seed, counter & MASK32, counter >> 32, draw, int(Stream.SAMPLING))[0]

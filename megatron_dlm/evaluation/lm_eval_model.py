@@ -3,7 +3,7 @@
 Importing this module registers them there, so that both of these work:
 
     megatron-dlm evaluate --checkpoint runs/demo --tasks lm_eval:arc_easy
-    lm_eval.simple_evaluate(model="megatron_dlm", model_args="checkpoint=runs/demo,samples=128", tasks=["arc_easy"])
+    lm_eval.simple_evaluate(model="megatron_dlm", model_args="checkpoint=runs/demo,masks=128", tasks=["arc_easy"])
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.evaluation.likelihood import LogLikelihood, Request, rolling
-from megatron_dlm.evaluation.likelihood_masks import TOKENS_PER_BATCH, Estimator, LikelihoodOptions
+from megatron_dlm.evaluation.likelihood_masks import DEFAULT_MASKS, TOKENS_PER_BATCH, Estimator, LikelihoodOptions
 from megatron_dlm.evaluation.scoring import encode_pair, score
 from megatron_dlm.generation.text_model import TextModel, open_text_model
 from megatron_dlm.shipped.sampler_plan import SamplerOptions
@@ -50,7 +50,7 @@ class MegatronDLM(LM):
         self,
         checkpoint: str | TextModel,
         *,
-        samples: int = 128,
+        masks: int = DEFAULT_MASKS,
         estimator: Estimator = "exact_count",
         guidance: float = 0.0,
         seed: int = 0,
@@ -60,7 +60,7 @@ class MegatronDLM(LM):
         """
         Args:
             checkpoint: a directory, or the model itself.
-            samples, estimator, guidance, seed, tokens_per_batch: see ``LikelihoodOptions``.
+            masks, estimator, guidance, seed, tokens_per_batch: see ``LikelihoodOptions``.
             greedy: whether a masked diffusion model looks for the greedy continuation, which takes a forward for each
                 of its tokens; False says that no continuation is. None: only where a document has one request, as
                 "is the last word right?" has; the accuracy of multiple choice does not ask for it.
@@ -76,7 +76,7 @@ class MegatronDLM(LM):
         self.asked = False
         """lm-eval has loaded its tasks and begun."""
         try:
-            self.options = LikelihoodOptions(estimator, samples, guidance, seed, tokens_per_batch)
+            self.options = LikelihoodOptions(estimator, masks, guidance, seed, tokens_per_batch)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -200,7 +200,7 @@ def run_lm_eval(
         ConfigError: there is no such task, or lm-eval cannot load it; one line.
     """
     manager = _task_manager(names, include_path)
-    values = {name: getattr(options, name) for name in ("samples", "estimator", "guidance", "seed", "tokens_per_batch")}
+    values = {name: getattr(options, name) for name in ("masks", "estimator", "guidance", "seed", "tokens_per_batch")}
     language_model = MegatronDLM(model, **values)
     try:
         found = simple_evaluate(

@@ -11,13 +11,10 @@ import numpy as np
 from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.errors import DataError
 from megatron_dlm.evaluation.likelihood import LogLikelihood, Request
-from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
+from megatron_dlm.evaluation.likelihood_masks import DEFAULT_MASKS, LikelihoodOptions
 from megatron_dlm.evaluation.scoring import encode_pair, score
 from megatron_dlm.evaluation.tasks import Question, Task
 from megatron_dlm.generation.text_model import TextModel
-
-SAMPLES = 128
-"""Masks of an option by default, where one has several tokens."""
 
 
 class EncodedTask(NamedTuple):
@@ -29,10 +26,10 @@ class EncodedTask(NamedTuple):
     truncated: int
     """Questions whose context has lost its beginning."""
 
-    def samples(self, given: int | None) -> int:
+    def masks(self, given: int | None) -> int:
         """Masks of every option: what is given, or the default, which is 1 where all options are single tokens."""
         single = all(len(request.target) == 1 for requests in self.requests for request in requests)
-        return (1 if single else SAMPLES) if given is None else given
+        return (1 if single else DEFAULT_MASKS) if given is None else given
 
 
 class Answer(NamedTuple):
@@ -89,7 +86,7 @@ def answer(
     a function of the model, the question's index and ``options``, whatever is asked beside it, but for rounding.
 
     Args:
-        options: ``samples`` as ``EncodedTask.samples`` gives it.
+        options: ``masks`` as ``EncodedTask.masks`` gives it.
         known: answers by index of the question, which are taken as they are.
         on_answers: called with what is new after every round (seconds of work), on every rank.
         on_progress: called with the share of the work that is done.

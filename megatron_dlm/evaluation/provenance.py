@@ -85,7 +85,7 @@ def fingerprint(model: dict[str, Any], task: Task, options: LikelihoodOptions) -
 
 def options_of(options: LikelihoodOptions) -> dict[str, Any]:
     """Those that decide a likelihood, for JSON."""
-    names = ("estimator", "samples", "guidance", "seed", "enumerate_short")
+    names = ("estimator", "masks", "guidance", "seed", "enumerate_short")
     return {name: getattr(options, name) for name in names}
 
 

@@ -36,8 +36,8 @@ class TaskOptions:
     """How tasks are evaluated."""
 
     likelihood: LikelihoodOptions
-    """Its ``samples`` are not read."""
-    samples: int | None = None
+    """Its ``masks`` are not read."""
+    masks: int | None = None
     """Masks of every option; None: 1 where all options are single tokens, else 128."""
     log_questions: bool = False
     """Have every question's answer in the results."""
@@ -101,9 +101,9 @@ def on_first_rank(model: TextModel, function: Callable[[], T]) -> T:
         except (ConfigError, DataError) as error:
             box = [(None, error)]
     dist.broadcast_object_list(box, src=0)
-    value, error = box[0]
-    if error is not None:
-        raise error
+    value, fault = box[0]
+    if fault is not None:
+        raise fault
     return value
 
 
@@ -133,7 +133,7 @@ def evaluate_task(
     """
     started = time.perf_counter()
     encoded = encode_task(task, model.tokenizer, model.max_length)
-    likelihood = replace(options.likelihood, samples=encoded.samples(options.samples))
+    likelihood = replace(options.likelihood, masks=encoded.masks(options.masks))
     key = fingerprint(identity, task, likelihood)
     known = {index: each for index, each in answers.known(key).items() if index < len(task.questions)}
     try:

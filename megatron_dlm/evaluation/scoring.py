@@ -147,8 +147,8 @@ def _cost(model: TextModel, request: Request, options: LikelihoodOptions, greedy
     size = len(request.target)
     forwards = 1
     if not model.kind.causal:
-        few = 2 ** min(size, 31) - 1 if options.enumerate_short or size == 1 else options.samples
-        forwards = size if options.estimator == "left_to_right" else min(few, options.samples)
+        few = 2 ** min(size, 31) - 1 if options.enumerate_short or size == 1 else options.masks
+        forwards = size if options.estimator == "left_to_right" else min(few, options.masks)
         forwards = (forwards + (size if greedy else 0)) * (2 if options.guidance else 1)
     return (len(request.context) + size) * forwards
 

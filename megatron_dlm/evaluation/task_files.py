@@ -61,7 +61,7 @@ class Row(NamedTuple):
         part = Row({f"{key}[{i}]": value for i, value in enumerate(values)}, self.origin, self.layout, self.prefix)
         return [part.text(name, empty=empty) for name in part.record]
 
-    def index(self, key: str, count: int) -> int:
+    def option(self, key: str, count: int) -> int:
         """A number of an option, from 0 to ``count`` - 1; as text too. Raises ``DataError``."""
         value = self.value(key)
         if value in ("", None, -1):

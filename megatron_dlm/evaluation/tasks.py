@@ -100,7 +100,7 @@ def _hellaswag(row: Row) -> Question:
     before = f"{row.text('ctx_a', empty=True)} {row.text('ctx_b', empty=True).capitalize()}"
     endings = [_without_brackets(ending) for ending in row.texts("endings")]
     context = _without_brackets(f"{row.text('activity_label')}: {before}")
-    return Question(context, tuple(endings), row.index("label", len(endings)), row.origin)
+    return Question(context, tuple(endings), row.option("label", len(endings)), row.origin)
 
 
 def _without_brackets(text: str) -> str:
@@ -114,7 +114,7 @@ def _mmlu(row: Row) -> Question:
         f"{letter}. {choice}" for letter, choice in zip(_LETTERS, row.texts("choices", 4, empty=True), strict=True)
     ]
     lines.append("Answer:")
-    return Question("\n".join(lines), _LETTERS, row.index("answer", 4), row.origin, row.text("subject"))
+    return Question("\n".join(lines), _LETTERS, row.option("answer", 4), row.origin, row.text("subject"))
 
 
 def _introduced(question: Question, examples: str) -> Question:
@@ -151,7 +151,7 @@ def _arc(row: Row) -> Question:
 
 def _piqa(row: Row) -> Question:
     options = (row.text("sol1", empty=True), row.text("sol2", empty=True))
-    return Question(f"Question: {row.text('goal')}\nAnswer:", options, row.index("label", 2), row.origin)
+    return Question(f"Question: {row.text('goal')}\nAnswer:", options, row.option("label", 2), row.origin)
 
 
 def _lambada(row: Row) -> Question:

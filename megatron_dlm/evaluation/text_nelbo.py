@@ -27,6 +27,9 @@ from megatron_dlm.shipped.sampler_plan import Vocabulary
 
 Progress = Callable[[int, int], None]
 
+WINDOW_MASKS = 16
+"""Masks of a window by default: a text has many."""
+
 _PARTS = (".bin", ".idx", ".json")
 
 
@@ -50,13 +53,13 @@ class TextNelbo(NamedTuple):
     """Half the width of the interval between the exponentials of the ends for nats."""
     masks_ci95: float
     """Nats per token: the part of the masks that were drawn, for this very text. It is what another seed changes, and
-    the least that two models must differ by on one text. 0: exact; infinite: not known, from a single sample."""
+    the least that two models must differ by on one text. 0: exact; infinite: not known, from a single mask."""
     tokens: int
     """End-of-documents included."""
     bytes: int
     """Of the text of these tokens; where ``limit_tokens`` cuts, in proportion to the tokens."""
     windows: int
-    samples: int
+    masks: int
     """Masks of every window; 0 for an autoregressive model."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def text_nelbo(
     model: TextModel,
     source: str,
     *,
-    samples: int = 16,
+    masks: int = WINDOW_MASKS,
     seed: int = 0,
     limit_tokens: int | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -94,13 +97,13 @@ def text_nelbo(
 ) -> TextNelbo:
     """The NELBO of ``model`` on a text; every rank of the model's layout must call it with the same arguments.
 
-    Every window is a text of its own, all of its tokens noised together, by ``samples`` masks of exactly k tokens with
+    Every window is a text of its own, all of its tokens noised together, by ``masks`` masks of exactly k tokens with
     k spread evenly over the window (see ``loglikelihoods``). The masks are a function of (seed, index of the window,
     its length), whatever the model, the batches and the other windows.
 
     Args:
         source: see ``read_windows``.
-        samples: masks of every window; an autoregressive model needs none.
+        masks: of every window; an autoregressive model needs none.
         seed: 64 bits.
         limit_tokens: take only the first ones of the text; None: all.
         tokens_per_batch: of one forward; but at least one window.
@@ -111,7 +114,7 @@ def text_nelbo(
         DataError: the text cannot be read, or was prepared with another tokenizer; one line.
     """
     try:
-        options = LikelihoodOptions(samples=samples, seed=seed, tokens_per_batch=tokens_per_batch)
+        options = LikelihoodOptions(masks=masks, seed=seed, tokens_per_batch=tokens_per_batch)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     denoise = model.own_tokens()
@@ -144,7 +147,7 @@ def text_nelbo(
         (total,) = rolling(score, [windows.tokens], max_length=windows.length)
     except ValueError as error:
         raise ConfigError(f"{source}: {error}") from None
-    return _summarize(windows, scored, total, samples=0 if model.kind.causal else samples)
+    return _summarize(windows, scored, total, masks=0 if model.kind.causal else masks)
 
 
 def read_windows(source: str, tokenizer: Tokenizer, length: int, *, limit_tokens: int | None = None) -> TextWindows:
@@ -225,11 +228,11 @@ def _tokenize(
     return TextWindows(np.concatenate(parts), length, size)
 
 
-def _summarize(windows: TextWindows, scored: list[LogLikelihood], total: LogLikelihood, *, samples: int) -> TextNelbo:
+def _summarize(windows: TextWindows, scored: list[LogLikelihood], total: LogLikelihood, *, masks: int) -> TextNelbo:
     tokens = len(windows.tokens)
     nats = -total.value / tokens
     ci95 = _half_width(np.array([-window.value for window in scored]), windows.lengths)
-    masks = total.interval95()
+    interval = total.interval95()
     bits = tokens / windows.bytes / math.log(2)
     with np.errstate(over="ignore"):  # a model that gives a token no chance, or nearly none
         perplexity, spread = float(np.exp(nats)), float(np.sinh(ci95))
@@ -240,11 +243,11 @@ def _summarize(windows: TextWindows, scored: list[LogLikelihood], total: LogLike
         bits_per_byte_ci95=ci95 * bits,
         perplexity=perplexity,
         perplexity_ci95=perplexity * spread if spread else 0.0,
-        masks_ci95=math.inf if masks is None else (masks[1] - masks[0]) / 2 / tokens,
+        masks_ci95=math.inf if interval is None else (interval[1] - interval[0]) / 2 / tokens,
         tokens=tokens,
         bytes=round(windows.bytes),
         windows=len(scored),
-        samples=samples,
+        masks=masks,
     )
 
 

@@ -46,7 +46,7 @@ class Evaluator:
         """Every ``evaluate.interval`` steps and after the last one, where there is something to do."""
         training = self._training
         due = step % training.config.evaluate.interval == 0 or step == training.steps
-        return due and (training.valid_stream is not None or bool(training.config.evaluate.samples))
+        return due and (training.valid_stream is not None or bool(training.config.evaluate.prompts))
 
     def __call__(self, step: int) -> tuple[dict[str, Any] | None, list[Sample]]:
         """The evaluation record after ``step`` steps, None without held-out data, and the samples; collective."""

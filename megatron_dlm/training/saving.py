@@ -33,7 +33,7 @@ from megatron_dlm.checkpoint.stored import (
     find_fault,
     point_latest,
 )
-from megatron_dlm.config.load import dump_yaml, from_dict, read_yaml
+from megatron_dlm.config.load import dump_yaml, read_stored
 from megatron_dlm.config.tree import Config
 from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.data.tokenizer import Tokenizer
@@ -192,10 +192,7 @@ def resumable(
 
 def _require_same_run(directory: Path, config: Config, tokenizer: Tokenizer, train_data: Dataset, steps: int) -> None:
     """Raise ``ConfigError`` where the configuration or the data contradicts the checkpoint."""
-    try:
-        saved = from_dict(read_yaml(str(directory / CONFIG)))
-    except ConfigError as error:
-        raise ConfigError(f"{directory} is of another version of megatron_dlm: {error}") from None
+    saved = read_stored(directory / CONFIG)
     info = json.loads((directory / INFO).read_text())
     pairs = [(key, _lookup(saved, key), _lookup(config, key)) for key in _BINDING]
     pairs.append(("the fingerprint of data.tokenizer", info["tokenizer_fingerprint"], tokenizer.fingerprint))

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 import megatron_dlm.training.saving as checkpoint
+from megatron_dlm.checkpoint import manifest
+from megatron_dlm.checkpoint.stored import open_checkpoint
 from megatron_dlm.config.tree import Config
 from megatron_dlm.data.tokenizer import load_tokenizer
 from megatron_dlm.errors import ConfigError
@@ -61,6 +63,21 @@ def test_checkpoints_are_complete_pruned_and_guarded(config: Any, tmp_path: Path
     ):
         with pytest.raises(ConfigError, match=message):
             resumable(config(**{section: values}))
+
+
+def test_keys_may_have_had_other_names(config: Any, tmp_path: Path) -> None:
+    """The configuration in a checkpoint is read with the names of its time, to continue from it and to open it."""
+    settings = config(evaluate={"prompts": ["a", "b"]})
+    run_ranks(continue_run, 1, tmp_path, settings, 0, 1, 1)
+    directory = tmp_path / "run" / "checkpoints" / "step-00000001"
+    text = (directory / "config.yaml").read_text()
+    assert text.count("prompts: [a, b]") == 1
+    (directory / "config.yaml").write_text(text.replace("prompts: [a, b]", "samples: [a, b]"))
+    manifest.write(directory, {})
+    tokenizer = load_tokenizer("byte")
+    data, _ = open_data(settings, tokenizer)
+    assert checkpoint.resumable(settings, tokenizer, data, steps=20) == directory
+    assert open_checkpoint(directory).config == settings
 
 
 def test_going_back_to_an_older_checkpoint_gives_up_the_newer_ones(config: Any, tmp_path: Path) -> None:

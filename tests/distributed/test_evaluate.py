@@ -69,7 +69,7 @@ def evaluate_all(runs: list[tuple[Path, Path]], data: Path, arguments: list[str]
     for run, output in runs:
         parser = ArgumentParser()
         evaluate.add_arguments(parser)
-        common = ["--checkpoint", str(run), "--tasks", TASKS, "--data", str(data), "--samples", "8"]
+        common = ["--checkpoint", str(run), "--tasks", TASKS, "--data", str(data), "--masks", "8"]
         # Rounds of few questions, so that replicas have several to share.
         more = ["--tokens-per-batch", "99", "--log-questions", "--output", str(output), *arguments]
         if interrupted:
@@ -138,7 +138,7 @@ def read(directory: Path) -> list[dict[str, Any]]:
 def test_tasks_during_training(objective: str, tiny_data: Path, data: Path, tmp_path: Path, capfd: Any) -> None:
     from megatron_dlm.evaluation.during_training import check_questions
 
-    tasks = [{"name": "hellaswag", "path": str(data), "samples": 8}, {"name": "mmlu", "path": str(data), "limit": 3}]
+    tasks = [{"name": "hellaswag", "path": str(data), "masks": 8}, {"name": "mmlu", "path": str(data), "limit": 3}]
     tasks.append({"name": "lambada", "path": str(data / "lambada.jsonl")})
     ranks, other = {
         "masked_diffusion": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),

@@ -58,7 +58,7 @@ def read(directory: Path, name: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("objective", ["masked_diffusion", "autoregressive"])
 def test_samples_are_the_same_at_every_layout(objective: str, tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
     folders = {layout: tmp_path / f"run{i}" for i, layout in enumerate(LAYOUTS)}
-    runs = {name: config(tiny_data, folder, objective, name, samples=PROMPTS) for name, folder in folders.items()}
+    runs = {name: config(tiny_data, folder, objective, name, prompts=PROMPTS) for name, folder in folders.items()}
     quiet = config(tiny_data, tmp_path / "quiet", objective, "one process")
     run_ranks(train_all, 1, tmp_path, [runs["one process"], quiet])
     run_ranks(train_all, 4, tmp_path, [runs["PP2xVP2-DP2"]])
@@ -79,7 +79,7 @@ def test_samples_are_the_same_at_every_layout(objective: str, tiny_data: Path, t
 def test_samples_need_no_held_out_data_and_stand_once(tiny_data: Path, tmp_path: Path) -> None:
     from megatron_dlm.training.reporter import Reporter
 
-    each = config(tiny_data, tmp_path / "run", "masked_diffusion", "one process", samples=["a", ""])
+    each = config(tiny_data, tmp_path / "run", "masked_diffusion", "one process", prompts=["a", ""])
     each.data.valid = []
     run_ranks(train_all, 1, tmp_path, [each])
     assert [record["step"] for record in read(tmp_path / "run", "samples.jsonl")] == [2, 2, 4, 4]
@@ -101,8 +101,8 @@ def test_shown_on_one_line_without_control_characters() -> None:
 def test_samples_must_fit(tiny_data: Path, tmp_path: Path) -> None:
     from megatron_dlm.commands.train import check
 
-    with pytest.raises(ConfigError, match=r"evaluate.samples: 'The ' and .*_tokens \(30\) are 34 tokens, more than"):
-        check(config(tiny_data, tmp_path, "masked_diffusion", "one process", samples=["The "], sample_tokens=30), 1)
+    with pytest.raises(ConfigError, match=r"evaluate.prompts: 'The ' and .*_tokens \(30\) are 34 tokens, more than"):
+        check(config(tiny_data, tmp_path, "masked_diffusion", "one process", prompts=["The "], sample_tokens=30), 1)
     with pytest.raises(ConfigError, match="evaluate.sample_tokens is 0"):
         check(config(tiny_data, tmp_path, "masked_diffusion", "one process", sample_tokens=0), 1)
 

@@ -6,10 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_dlm.config.check import check_schedule, data_parallel_size, validate
-from megatron_dlm.config.load import dump_yaml, from_dict, load_config, load_yaml, parse_config, to_dict
-from megatron_dlm.config.tree import Config, DataConfig, ModelConfig, ParallelConfig, SourceConfig, TrainConfig
+from megatron_dlm.config.load import dump_yaml, from_dict, load_config, load_yaml, parse_config, read_stored, to_dict
+from megatron_dlm.config.tree import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    SourceConfig,
+    TaskConfig,
+    TrainConfig,
+)
 from megatron_dlm.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -57,6 +66,21 @@ def test_reading_and_writing_are_inverse(path):
     assert from_dict(to_dict(config)) == config
 
 
+def test_a_stored_configuration_may_have_the_names_of_its_time(tmp_path):
+    config = build(evaluate__prompts=["a", "b"], evaluate__tasks=[TaskConfig("piqa", "x", masks=3)])
+    stored = to_dict(config)
+    (stored["evaluate"]["tasks"][0])["samples"] = stored["evaluate"]["tasks"][0].pop("masks")
+    stored["evaluate"]["samples"] = stored["evaluate"].pop("prompts")
+    stored["model"]["transformer_config"] = {"samples": 3}  # of megatron-core, whose names are its own
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(stored))
+    config.model.transformer_config = {"samples": 3}
+    assert read_stored(path) == config
+    path.write_text("evaluate: {sample: [a]}")
+    with pytest.raises(ConfigError, match=f"{tmp_path} is of another version of megatron_dlm: unknown key eval"):
+        read_stored(path)
+
+
 def test_defaults_of_an_empty_mapping():
     assert from_dict({}) == Config()
 
@@ -101,6 +125,9 @@ def test_words_that_look_like_numbers_stay_words():
         ("optimizer: {schedule: cosin}", "one of wsd, cosine, linear, constant, not 'cosin' (did you mean cosine?)"),
         ("model: {transformer_config: 3}", "model.transformer_config must be a mapping of keys to values, not 3"),
         ("model: 3", "model must be a mapping of keys to values, not 3"),
+        ("evaluate: {samples: [a]}", "evaluate.samples is now evaluate.prompts; rename it"),
+        ("evaluate: {tasks: [{name: piqa, path: x, samples: 3}]}", "tasks[0].samples is now evaluate.tasks[0].masks;"),
+        ("data: {samples: 3}", "unknown key data.samples"),
         ("[1]", "the configuration must be a mapping of keys to values, not [1]"),
     ],
 )
@@ -120,6 +147,7 @@ def test_unknown_keys_and_wrong_types_name_the_valid_ones(file, text, message):
         (["--model.num_l", "3"], "unknown key model.num_l (did you mean num_layers?)"),
         (["--mdl.num_layers=3"], "unknown key mdl (did you mean model?); the keys at the top are: run"),
         (["--run.directory", "2024", "--model.num_layers", "x"], "model.num_layers must be an integer, not 'x'"),
+        (["--evaluate.samples", "[a]"], "evaluate.samples is now evaluate.prompts; rename it"),
         (["--train.steps"], "--train.steps"),
         (["stray"], "stray"),
         (["--config", "absent.yaml"], "cannot read the configuration file 'absent.yaml': No such file"),

@@ -62,7 +62,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(model: Path, data: Path | None, tasks: str, *arguments: str) -> int:
     where = [] if data is None else ["--data", str(data)]
-    return main(["evaluate", "--checkpoint", str(model), "--tasks", tasks, "--samples", "8", *where, *arguments])
+    return main(["evaluate", "--checkpoint", str(model), "--tasks", tasks, "--masks", "8", *where, *arguments])
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def test_runs_and_exports_answer_the_same(
     assert len(run["model"]["tokenizer"]["fingerprint"]) == len(run["model"]["digest"]) == 64
     assert run["model"]["layout"] == "TP1-PP1-DP1" and run["versions"]["megatron-core"]
     (options,) = {json.dumps(each["results"]["hellaswag"]["options"]) for each in found}
-    assert (json.loads(options) or {"samples": 8})["samples"] == 8
+    assert (json.loads(options) or {"masks": 8})["masks"] == 8
     out, _ = capsys.readouterr()
     assert "note     mmlu: 6 contexts were cut at their beginnings to fit the model" in out
     lines = out.splitlines()
@@ -151,7 +151,7 @@ def test_a_killed_evaluation_goes_on(models: dict[str, Path], data: Path, tmp_pa
     options = ("--tokens-per-batch", "16", "--log-questions", "--output")
     assert evaluate(model, data, "hellaswag", *options, str(tmp_path / "straight.json")) == 0
     output, partial = tmp_path / "killed.json", tmp_path / "killed.json.partial"
-    arguments = ("evaluate", "--checkpoint", str(model), "--tasks", "hellaswag", "--samples", "8", "--data", str(data))
+    arguments = ("evaluate", "--checkpoint", str(model), "--tasks", "hellaswag", "--masks", "8", "--data", str(data))
     child = multiprocessing.get_context("fork").Process(target=_child, args=((*arguments, *options, str(output)),))
     child.start()
     deadline = time.monotonic() + 60
@@ -246,7 +246,7 @@ def test_a_stopped_evaluation_says_how_to_go_on(
         (",", [], "names no task"),
         ("lm_eval:", [], "the task 'lm_eval:' is unknown"),
         ("hellaswag", ["--limit", "0"], "--limit is 0"),
-        ("hellaswag", ["--samples", "0"], "--samples is 0"),
+        ("hellaswag", ["--masks", "0"], "--masks is 0"),
         ("hellaswag", ["--guidance", "-2"], "guidance is -2.0"),
         ("hellaswag", ["--seed", "-1"], "seed is -1"),
         ("hellaswag", ["--tokens-per-batch", "0"], "tokens_per_batch is 0"),

@@ -126,8 +126,8 @@ def test_intervals_hold_what_they_say(drawn: dict) -> None:
     (truth,) = score(model, [Request(PAIR, ANSWER, 0)])
     for results, bound in (
         (drawn["exact_count"], -TinyPredictor().negative_elbo()),
-        (repeats(model, PAIR, ANSWER, samples=24), truth.value),
-        (repeats(model, PAIR, ANSWER, samples=11), truth.value),
+        (repeats(model, PAIR, ANSWER, masks=24), truth.value),
+        (repeats(model, PAIR, ANSWER, masks=11), truth.value),
     ):
         covered = [low <= bound <= high for low, high in (result.interval95() for result in results)]
         assert 180 <= sum(covered) <= 198
@@ -143,17 +143,17 @@ def test_exact_count_has_a_third_of_the_error_of_one_over_t(drawn: dict) -> None
 def test_short_targets_have_the_bound_itself(length: int) -> None:
     model = Bidirectional()
     target = ANSWER[:length]
-    (result,) = score(model, [Request(PAIR, target, 7)], samples=2**length - 1)
+    (result,) = score(model, [Request(PAIR, target, 7)], masks=2**length - 1)
     assert result.value == pytest.approx(model.bound(PAIR, target), rel=1e-12) and result.standard_error == 0
     assert result.interval95() == (result.value, result.value)
-    (sampled,) = score(model, [Request(PAIR, target, 7)], samples=2**length - 1, enumerate_short=False)
+    (sampled,) = score(model, [Request(PAIR, target, 7)], masks=2**length - 1, enumerate_short=False)
     assert (sampled.value == result.value) == (length == 1) == (sampled.standard_error == 0)
 
 
 def test_the_chain_rule_is_another_quantity() -> None:
     model = Bidirectional()
     chain = -sum(float(model.losses(PAIR, ANSWER, [j >= i for j in range(6)])[i]) for i in range(6))
-    (result,) = score(model, [Request(PAIR, ANSWER, 3)], estimator="left_to_right", samples=1)
+    (result,) = score(model, [Request(PAIR, ANSWER, 3)], estimator="left_to_right", masks=1)
     assert result.value == pytest.approx(chain, rel=1e-12) and result.standard_error == 0
     assert abs(result.value - model.bound(PAIR, ANSWER)) > 0.05
 
@@ -215,7 +215,7 @@ def test_is_the_training_loss_with_the_column_of_the_mask() -> None:
 def test_nothing_depends_on_the_batches_the_order_or_the_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [Request([group] * group, ANSWER[: 1 + group % 6] * 2, group) for group in range(9)]
     requests += [Request([9, 9], ANSWER + [1], 9), Request([9, 9], ANSWER + [2], 9), Request([], ANSWER * 2, 9)]
-    expected = score(Bidirectional(), requests, samples=20, guidance=0.5, greedy=True)
+    expected = score(Bidirectional(), requests, masks=20, guidance=0.5, greedy=True)
     assert 0 < expected[0].value * -1 and {result.standard_error == 0 for result in expected} == {True, False}
 
     def same(found: list[LogLikelihood], like: list[LogLikelihood]) -> None:
@@ -226,12 +226,12 @@ def test_nothing_depends_on_the_batches_the_order_or_the_neighbours(monkeypatch:
     for tokens_per_batch, chunk in ((1, 1), (50, 50), (300, 10 * VOCAB)):
         monkeypatch.setattr(likelihood_rows, "_CHUNK", chunk)
         model = Bidirectional()
-        found = score(model, requests, samples=20, guidance=0.5, greedy=True, tokens_per_batch=tokens_per_batch)
+        found = score(model, requests, masks=20, guidance=0.5, greedy=True, tokens_per_batch=tokens_per_batch)
         same(found, expected)
         assert max(size * seq if size > 2 else 0 for size, seq in model.calls) <= tokens_per_batch
-    same(score(Bidirectional(), requests[::-1], samples=20, guidance=0.5, greedy=True)[::-1], expected)
-    same([score(Bidirectional(), [r], samples=20, guidance=0.5, greedy=True)[0] for r in requests], expected)
-    assert score(Bidirectional(), requests[8:9], samples=20, seed=1)[0].value != pytest.approx(expected[8].value)
+    same(score(Bidirectional(), requests[::-1], masks=20, guidance=0.5, greedy=True)[::-1], expected)
+    same([score(Bidirectional(), [r], masks=20, guidance=0.5, greedy=True)[0] for r in requests], expected)
+    assert score(Bidirectional(), requests[8:9], masks=20, seed=1)[0].value != pytest.approx(expected[8].value)
 
 
 @pytest.mark.parametrize("other", [[5, 2, 7, 11, 4, 9], [5, 2, 7, 11, 4, 8, 6, 6]], ids=["same length", "longer"])
@@ -241,7 +241,7 @@ def test_options_of_a_question_share_their_noise(other: list[int]) -> None:
     def difference(shift: int) -> np.ndarray:
         requests = [Request(PAIR, ANSWER, group) for group in range(count)]
         requests += [Request(PAIR, other, group + shift) for group in range(count)]
-        found = values(score(model, requests, samples=8, enumerate_short=False))
+        found = values(score(model, requests, masks=8, enumerate_short=False))
         return found[:count] - found[count:]
 
     assert difference(0).var() < 0.7 * difference(1000).var()
@@ -249,11 +249,11 @@ def test_options_of_a_question_share_their_noise(other: list[int]) -> None:
 
 def test_what_looks_the_same_to_the_model_is_computed_once() -> None:
     model = Bidirectional()
-    results = score(model, [Request(PAIR, [option], 4) for option in range(4)], samples=128)
+    results = score(model, [Request(PAIR, [option], 4) for option in range(4)], masks=128)
     assert model.calls == [(1, 3)] and len(set(values(results))) == 4
     assert values(results) == pytest.approx([float(-model.losses(PAIR, [i], [True])[0]) for i in range(4)])
     model = Bidirectional()
-    score(model, [Request(PAIR, [7, option, 9], 4) for option in (1, 2)], samples=128)
+    score(model, [Request(PAIR, [7, option, 9], 4) for option in (1, 2)], masks=128)
     # Seven masks; the second option adds nothing where the token that differs is masked.
     assert model.calls == [(7 + 3, 5)] and model.positions == 12 + 4
 
@@ -269,7 +269,7 @@ def test_greedy_is_what_the_sampler_writes() -> None:
         results = loglikelihoods(
             model,
             [Request(PAIR, written, 0), Request(PAIR, wrong, 0), Request([9], written, 1)],
-            LikelihoodOptions(guidance=guidance, samples=2),
+            LikelihoodOptions(guidance=guidance, masks=2),
             vocabulary=vocabulary,
             greedy=True,
         )
@@ -280,7 +280,7 @@ def test_greedy_is_what_the_sampler_writes() -> None:
 def test_rolling_is_the_sum_over_windows() -> None:
     model = Bidirectional()
     texts = [list(range(10)), [], [4, 3, 2, 1], list(range(9, 1, -1))]
-    settings: dict = {"samples": 16, "seed": 5}
+    settings: dict = {"masks": 16, "seed": 5}
     found = rolling(lambda requests: score(model, requests, **settings), texts, max_length=8)
     assert found[1] == LogLikelihood(0.0, 0.0, None)
     (head,), (tail,) = (
@@ -299,7 +299,7 @@ def test_intervals_of_sums_of_windows() -> None:
     text = ANSWER * 3
 
     def windows(requests: list[Request]) -> list[LogLikelihood]:
-        return score(Bidirectional(), requests, samples=16)
+        return score(Bidirectional(), requests, masks=16)
 
     results = rolling(windows, [text] * 200, max_length=6)
     exact = 3 * score(Bidirectional(), [Request([], ANSWER, 0)])[0].value
@@ -315,11 +315,11 @@ def test_intervals_of_students_t() -> None:
 
 def test_one_sample_has_no_error() -> None:
     requests = [Request([1] * (9 - i), [2], i) for i in range(9)]
-    found = values(score(Bidirectional(), requests, samples=1, estimator="one_over_t"))
+    found = values(score(Bidirectional(), requests, masks=1, estimator="one_over_t"))
     assert (found == 0).any() and (found < 0).any()  # not every sample masks a token
-    (result,) = score(Bidirectional(), [Request(PAIR, ANSWER, 0)], samples=1)
+    (result,) = score(Bidirectional(), [Request(PAIR, ANSWER, 0)], masks=1)
     assert result.standard_error is None and result.interval95() is None and result.value < 0
-    (total,) = rolling(lambda requests: score(Bidirectional(), requests, samples=1), [ANSWER * 2], max_length=8)
+    (total,) = rolling(lambda requests: score(Bidirectional(), requests, masks=1), [ANSWER * 2], max_length=8)
     assert total.standard_error is None and total.value < 0
 
 
@@ -357,7 +357,7 @@ def test_progress() -> None:
     ("options", "message"),
     [
         ({"estimator": "elbo"}, "estimator 'elbo' is unknown; choose from exact_count"),
-        ({"samples": 0}, "samples is 0"),
+        ({"masks": 0}, "masks is 0"),
         ({"guidance": -1.5}, "guidance is -1.5"),
         ({"guidance": float("nan")}, "guidance is nan"),
         ({"seed": -1}, "seed is -1"),

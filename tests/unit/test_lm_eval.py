@@ -106,7 +106,7 @@ def tasks(tmp_path: Path) -> Path:
 def run(model: TextModel, tasks: Path, *names: str, **keys: Any) -> dict[str, Any]:
     from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
 
-    options = LikelihoodOptions(samples=16, seed=3)
+    options = LikelihoodOptions(masks=16, seed=3)
     return run_lm_eval(model, names, options, include_path=str(tasks), **keys)
 
 
@@ -118,7 +118,7 @@ def test_the_figures_are_those_of_our_own_tasks(autoregressive: bool, tasks: Pat
     found = run(model, tasks, "tiny_arc", "tiny_lambada", log_questions=True)
     for name, theirs in (("arc_easy", found["tiny_arc"]), ("lambada", found["tiny_lambada"])):
         task = load_task(name, tasks)
-        answers = answer(model, encode_task(task, BYTES, 64), LikelihoodOptions(samples=16, seed=3))
+        answers = answer(model, encode_task(task, BYTES, 64), LikelihoodOptions(masks=16, seed=3))
         ours = metrics(task.questions, answers, task.kind)
         for metric, (value, error) in ours.items():
             assert theirs["metrics"][metric] == pytest.approx(value)
@@ -138,15 +138,15 @@ def test_it_is_registered(tasks: Path, tmp_path: Path) -> None:
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     found = simple_evaluate(
         model="megatron_dlm",
-        model_args=f"checkpoint={checkpoint},samples=2,guidance=0.5",
+        model_args=f"checkpoint={checkpoint},masks=2,guidance=0.5",
         tasks=["tiny_arc"],
         task_manager=manager,
         limit=3,
         bootstrap_iters=0,
     )
     assert found is not None and 0 <= found["results"]["tiny_arc"]["acc,none"] <= 1
-    with pytest.raises(ConfigError, match="samples is 0"):
-        MegatronDLM(str(checkpoint), samples=0)
+    with pytest.raises(ConfigError, match="masks is 0"):
+        MegatronDLM(str(checkpoint), masks=0)
 
 
 def instance(kind: Any, *arguments: Any, doc: int | None = 0) -> Instance:
@@ -154,7 +154,7 @@ def instance(kind: Any, *arguments: Any, doc: int | None = 0) -> Instance:
 
 
 def test_likelihoods_and_greedy_words() -> None:
-    model = MegatronDLM(rigged({"r": 3.0}), samples=8)
+    model = MegatronDLM(rigged({"r": 3.0}), masks=8)
     requests = [instance("loglikelihood", "c", text, doc=doc) for doc, text in enumerate(("rr", "rx", "", "r"))]
     found = model.loglikelihood(requests, disable_tqdm=True)
     p = float(torch.tensor([3.0, *[0.0] * 257]).double().log_softmax(0)[0])
@@ -164,7 +164,7 @@ def test_likelihoods_and_greedy_words() -> None:
     assert [greedy for _, greedy in model.loglikelihood(choices)] == [False, False], (
         "nobody asks, and it costs forwards"
     )
-    always = MegatronDLM(rigged({"r": 3.0}), samples=8, greedy=True)
+    always = MegatronDLM(rigged({"r": 3.0}), masks=8, greedy=True)
     assert [greedy for _, greedy in always.loglikelihood(choices)] == [True, True]
     exact = MegatronDLM(rigged({"r": 3.0}, autoregressive=True))
     assert [greedy for _, greedy in exact.loglikelihood(choices)] == [True, True]
@@ -180,7 +180,7 @@ def test_whole_texts(tasks: Path) -> None:
     found = run(uniform, tasks, "tiny_text")["tiny_text"]["metrics"]
     assert found["bits_per_byte"] == pytest.approx(math.log2(258)), "all windows of all texts, each once"
     texts = [instance("loglikelihood_rolling", text, doc=i) for i, text in enumerate(("abc" * 50, "", "b"))]
-    values = MegatronDLM(uniform, samples=4).loglikelihood_rolling(texts)
+    values = MegatronDLM(uniform, masks=4).loglikelihood_rolling(texts)
     assert values == pytest.approx([-150 * math.log(258), 0.0, -math.log(258)])
 
 
@@ -225,7 +225,7 @@ def test_what_lm_eval_cannot_load(tasks: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_command(tasks: Path, tmp_path: Path, capsys: Any) -> None:
     checkpoint, output = make_checkpoint(tmp_path / "checkpoint"), tmp_path / "out.json"
     names = "arc_easy,lm_eval:tiny_arc,lm_eval:tiny_lambada"
-    arguments = ["--data", str(tasks), "--include-path", str(tasks), "--samples", "4", "--limit", "2"]
+    arguments = ["--data", str(tasks), "--include-path", str(tasks), "--masks", "4", "--limit", "2"]
     common = ["--checkpoint", str(checkpoint), "--output", str(output)]
     assert main(["evaluate", "--tasks", names, *arguments, *common]) == 0
     results = json.loads(output.read_text())["results"]

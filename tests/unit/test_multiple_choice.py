@@ -42,7 +42,7 @@ def ask(model: TextModel, questions: list[Question], kind: Any = "options", **ke
 
 
 def values(model: TextModel, questions: list[Question], kind: Any = "options") -> dict[str, Any]:
-    return metrics(questions, ask(model, questions, kind, samples=4), kind)
+    return metrics(questions, ask(model, questions, kind, masks=4), kind)
 
 
 @pytest.mark.parametrize("autoregressive", [False, True])
@@ -58,7 +58,7 @@ def test_a_model_that_knows_and_one_that_does_not(autoregressive: bool) -> None:
     logits = torch.zeros(258)
     logits[ord("r")] = 3.0
     log_p = logits.double().log_softmax(0)
-    (first, *_) = ask(rigged({"r": 3.0}, autoregressive=autoregressive), questions, samples=128)
+    (first, *_) = ask(rigged({"r": 3.0}, autoregressive=autoregressive), questions, masks=128)
     assert first.values == pytest.approx((float(log_p[0] * 4), float(log_p[0] + 3 * log_p[ord("r")])))
     assert first.errors == (0.0, 0.0), "four bytes have 15 masks, which are enumerated"
 
@@ -94,11 +94,11 @@ def test_last_words(autoregressive: bool) -> None:
     """Greedy decoding writes one letter for ever, so only words of it are right."""
     questions = [Question("c", ("rr",), 0, ""), Question("c", ("rx",), 0, ""), Question("c", ("r",), 0, "")]
     model = rigged({"r": 3.0, " ": 2.0}, autoregressive=autoregressive)
-    assert [each.greedy for each in ask(model, questions, "last_word", samples=8)] == [False, False, False]
+    assert [each.greedy for each in ask(model, questions, "last_word", masks=8)] == [False, False, False]
     stripped = [question._replace(context="c") for question in questions]
     encoded = encode_task(task(stripped, "last_word"), BYTES, 64)
     bare = encoded._replace(requests=[[Request(r.context, r.target[1:], r.group)] for (r,) in encoded.requests])
-    found = answer(model, bare, LikelihoodOptions(samples=8))
+    found = answer(model, bare, LikelihoodOptions(masks=8))
     assert [each.greedy for each in found] == [True, False, True]
     figures = metrics(questions, found, "last_word")
     mean = sum(each.values[0] for each in found) / 3
@@ -147,11 +147,11 @@ def test_truncated_questions_are_counted_and_faults_are_located() -> None:
         encode_task(task([*questions, Question("a", ("b", "c" * 11), 0, "F line 3")]), BYTES, 10)
 
 
-def test_default_samples() -> None:
+def test_default_masks() -> None:
     letters = encode_task(task([Question("q", ("A", "B"), 0, "")]), BYTES, 10)
-    assert letters.samples(None) == 128 and letters.samples(7) == 7, "a space and a letter are two bytes"
+    assert letters.masks(None) == 128 and letters.masks(7) == 7, "a space and a letter are two bytes"
     single = letters._replace(requests=[[Request([1], [2], 0), Request([1], [3], 0)]])
-    assert single.samples(None) == 1
+    assert single.masks(None) == 1
 
 
 class Visible:
@@ -183,7 +183,7 @@ QUESTIONS = [Question("c" * (i % 7), ("first of all", "second or third"), 0, "")
 def test_answers_are_the_likelihoods_of_the_options(autoregressive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One request at a time and all at once, in many rounds: the same values, in far fewer forwards."""
     encoded = encode_task(task(QUESTIONS), BYTES, 64)
-    options = LikelihoodOptions(samples=16, seed=5, tokens_per_batch=4096)
+    options = LikelihoodOptions(masks=16, seed=5, tokens_per_batch=4096)
     model, one = visible(autoregressive), visible(autoregressive)
     monkeypatch.setattr(scoring, "_FORWARDS_PER_ROUND", 2)
     rounds: list[int] = []
@@ -205,13 +205,13 @@ def test_answers_are_the_likelihoods_of_the_options(autoregressive: bool, monkey
         assert widths[0] == max(widths) > min(widths), "the longest first: memory that does not suffice shows at once"
         assert len(rounds) > 1 and len(shares) > len(rounds)
         assert model.denoise.forwards < one.denoise.forwards / 2  # type: ignore[attr-defined]
-        other = answer(visible(), encoded, LikelihoodOptions(samples=16, seed=6))
+        other = answer(visible(), encoded, LikelihoodOptions(masks=16, seed=6))
         assert other[0].values != found[0].values
 
 
 def test_known_answers_are_not_asked_again() -> None:
     encoded = encode_task(task(QUESTIONS), BYTES, 64)
-    options = LikelihoodOptions(samples=4)
+    options = LikelihoodOptions(masks=4)
     whole = answer(visible(), encoded, options)
     known = {index: whole[index] for index in range(0, 20, 2)} | {3: Answer((1.0, 2.0), (None, None), None)}
     model, new = visible(), {}
@@ -226,9 +226,9 @@ def test_known_answers_are_not_asked_again() -> None:
 def test_options_share_their_masks() -> None:
     """Equal options have equal values: with masks of their own they would differ."""
     equal = [Question("context", ("the same option", "the same option"), 0, "")]
-    (found,) = ask(visible(), equal, samples=8)
+    (found,) = ask(visible(), equal, masks=8)
     assert found.values[0] == found.values[1] and (found.errors[0] or 0) > 0
-    others = ask(visible(), equal * 2, samples=8)
+    others = ask(visible(), equal * 2, masks=8)
     assert others[1].values != others[0].values, "another question has other masks"
 
 
