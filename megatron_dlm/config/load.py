@@ -11,10 +11,10 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
-import yaml
-
+from megatron_dlm.config import yaml_flavour
 from megatron_dlm.config.check import validate
 from megatron_dlm.config.tree import Config
+from megatron_dlm.config.yaml_flavour import Integer, Real, load_yaml, plain
 from megatron_dlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,30 +24,6 @@ T = TypeVar("T")
 
 RENAMED = {"evaluate.samples": "prompts", "evaluate.tasks[].samples": "masks"}
 """Keys that had another name once, and the last part of their names now; [] stands for every place of a list."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number (YAML 1.1 asks for a dot, and would read it as a string)."""
-
-
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> Any:
-    """YAML lets the last of equal keys win, silently."""
-    seen = set()
-    for key_node, _ in node.value:
-        key = key_node.value
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
-_Loader.yaml_implicit_resolvers = {
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -62,29 +38,25 @@ def load_config(argv: Sequence[str]) -> Config:
 
 def parse_config(argv: Sequence[str]) -> Config:
     """As ``load_config``, but only keys and types are checked, not whether the values fit together."""
-    import jsonargparse
-
     if not argv:
         raise ConfigError("no configuration is given; name one with --config FILE, see megatron-dlm train --help")
-    if not argv[0].startswith("-"):
-        raise ConfigError(f"{argv[0]!r} is not an option; name the configuration with --config {argv[0]}")
-    for option, value in zip(argv, [*argv[1:], ""], strict=True):
-        if option == "--config" or option.startswith("--config="):
-            read_yaml(option.partition("=")[2] or value)  # jsonargparse would not see that a key stands twice
-    parser = build_parser()
-    try:
-        namespace = parser.parse_args(list(argv))
-    except (jsonargparse.ArgumentError, UnicodeDecodeError) as error:
-        _explain(parser, argv)
-        raise ConfigError(_one_line(str(error)) + "; see megatron-dlm train --help") from None
-    mapping = namespace.as_dict()
-    mapping.pop("config", None)
-    mapping.pop("print_config", None)
-    return from_dict(mapping)
+    if helped := [word for word in argv if word in ("-h", "--help") or word.endswith(".help")]:
+        build_parser().parse_args(helped[:1])  # ends the program
+    options = _options([word for word in argv if word != "--print_config"])
+    tree: dict[str, Any] = {}
+    for path in (text for name, text in options if name == "config"):
+        _merge(tree, read_yaml(path))
+    for name, text in ((name, text) for name, text in options if name != "config"):
+        _set(tree, name, text)
+    config = from_dict(tree)
+    if "--print_config" in argv:
+        print(dump_yaml(config), end="")
+        raise SystemExit(0)
+    return config
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
-    """The parser of `megatron-dlm train`; its help is the documentation of the tree."""
+    """The help of `megatron-dlm train`, which is the documentation of the tree."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -92,23 +64,62 @@ def build_parser() -> jsonargparse.ArgumentParser:
         prog="megatron-dlm train",
         usage="%(prog)s --config FILE [--section.key VALUE ...]",
         description=f"{Config.__doc__} Options override the file; lists and mappings are given as YAML.",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="Configuration file (YAML).")
+    parser.add_argument("--config", action="config", help="Configuration file (YAML); a later one overrides.")
     parser.add_class_arguments(Config)
     return parser
 
 
-def load_yaml(text: str, name: str) -> Any:
-    """Parse YAML; ``ConfigError`` names ``name`` and the line of a syntax error."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark else name
-        problem = _one_line(getattr(error, "problem", None) or str(error))
-        raise ConfigError(f"{where} is not valid YAML: {problem}; correct it") from None
+def _options(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, text) of `--name text` and `--name=text`, in order."""
+    found, words = [], iter(argv)
+    for word in words:
+        if not word.startswith("--"):
+            hint = f"; name the configuration with --config {word}" if not found else ""
+            raise ConfigError(f"{word!r} is not an option{hint}; see megatron-dlm train --help")
+        name, given, text = word[2:].partition("=")
+        following = text if given else next(words, None)
+        if following is None or (not given and following.startswith("--")):
+            raise ConfigError(f"--{name} has no value; give one, see megatron-dlm train --help")
+        found.append((name, following))
+    return found
+
+
+def _merge(tree: dict[str, Any], other: Any) -> None:
+    """Put the values of ``other`` over those of ``tree``, mapping by mapping."""
+    if not isinstance(other, Mapping):
+        raise ConfigError(f"the configuration must be a mapping of keys to values, not {_show(other)}")
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _set(tree: dict[str, Any], name: str, text: str) -> None:
+    """Set one value of ``tree``, or, for a name that ends in +, add it to a list."""
+    *sections, key = name.removesuffix("+").split(".")
+    # What is a string stays as it was typed, whatever YAML would make of it.
+    typed = _is_text(sections, key) and text not in ("null", "~")
+    value = text if typed else load_yaml(text, f"--{name}")
+    for section in sections:
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):  # of a file that is refused for it
+            inner = tree[section] = {}
+        tree = inner
+    if name.endswith("+"):
+        before = tree.get(key) if isinstance(tree.get(key), list) else []
+        value = [*before, *(value if isinstance(value, list) else [value])]
+    tree[key] = value
+
+
+def _is_text(sections: Sequence[str], key: str) -> bool:
+    """Whether the tree has a string at this place."""
+    cls: Any = Config
+    for section in sections:
+        cls = typing.get_type_hints(cls).get(section) if is_dataclass(cls) else None
+    hint = typing.get_type_hints(cls).get(key) if is_dataclass(cls) else None
+    return hint is str or str in typing.get_args(hint)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -118,7 +129,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def dump_yaml(config: Config) -> str:
     """The tree as YAML, with every key; ``from_dict(load_yaml(...))`` gives it back."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=120)
+    return yaml_flavour.dump_yaml(to_dict(config))
 
 
 def from_dict(mapping: Mapping[str, Any]) -> Config:
@@ -190,13 +201,15 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key} must be a mapping of keys to values, not {_show(value)}")
-        return dict(value)
+        return plain(value)
+    if hint is str and isinstance(value, Integer | Real):
+        return value.text
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         kind = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[hint]
         raise ConfigError(f"{key} must be {kind}, not {_show(value)}")
-    return value
+    return plain(value)
 
 
 def _unknown(key: str, prefix: str, valid: list[str]) -> str:
@@ -214,33 +227,6 @@ def _closest(key: Any, valid: Sequence[str]) -> str:
 def _show(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _explain(parser: jsonargparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Find the option that ``parser`` refused in ``argv`` and raise our own ``ConfigError`` for it.
-
-    jsonargparse's messages depend on where the fault is and do not name the valid keys. Returns if every
-    option passes alone.
-    """
-    import jsonargparse
-
-    for index, option in enumerate(argv):
-        name, given, text = option[2:].partition("=")
-        if not option.startswith("--") or name in ("help", "print_config") or name.endswith("+"):
-            continue
-        pair = list(argv[index : index + (1 if given else 2)])
-        try:
-            parser.parse_args(pair)
-        except (jsonargparse.ArgumentError, UnicodeDecodeError):
-            text = text if given or len(pair) == 1 else pair[1]
-            value = read_yaml(text) if name == "config" else load_yaml(text, f"--{name}")
-            for part in reversed([] if name == "config" else name.split(".")):
-                value = {part: value}
-            from_dict(value)
 
 
 def read_yaml(path: str) -> Any:
