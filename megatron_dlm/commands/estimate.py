@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_dlm.config.tree import ModelConfig
 from megatron_dlm.errors import ConfigError
+from megatron_dlm.shipped.sampler_plan import DEFAULT_BLOCK_LENGTH
 
 if TYPE_CHECKING:
     from megatron_dlm.costs.inference import Curve, InferenceCosts
@@ -110,7 +111,8 @@ def inference_table(costs: InferenceCosts, head_columns: int) -> str:
     lines += _table("published convention, no prompt", costs.lengths, costs.published)
     lines += ["", *_table(f"our sampler, {_prompt(costs.prompt_tokens)}", costs.lengths, costs.sampler), ""]
     lines += [
-        "published convention: a step reads all L tokens (growing by 32: those up to the end of its block), and the",
+        f"published convention: a step reads all L tokens (growing by {DEFAULT_BLOCK_LENGTH}: those up to the end of "
+        "its block), and the",
         "LM head runs on every token that is read.",
         f"our sampler: a step reads the prompt and all L tokens, and the LM head ({head_columns:,} columns) runs on",
         "the masks of the current block only. AR has the head on the last token only; it samples with a cache from",

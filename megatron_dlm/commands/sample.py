@@ -8,20 +8,18 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from megatron_dlm.commands.common import add_checkpoint, add_layout, layout_of, opened
 from megatron_dlm.config.check import MAX_SEQUENCE_LENGTH
 from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.shipped.sampler_plan import DEFAULT_BLOCK_LENGTH, Remasking, SamplerOptions
 
 if TYPE_CHECKING:
     from megatron_dlm.generation.text_model import TextModel
     from megatron_dlm.shipped.sampler import Step
-    from megatron_dlm.shipped.sampler_plan import SamplerOptions
-
-_BLOCK_LENGTH = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,12 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--block-length",
         type=int,
         metavar="N",
-        help="fill in blocks of so many tokens from left to right (32 behind a prompt; all at once for --infill)",
+        help=f"fill in blocks of so many tokens from left to right ({DEFAULT_BLOCK_LENGTH} behind a prompt; all at "
+        "once for --infill)",
     )
     sampler.add_argument(
         "--remasking",
         default="low_confidence",
-        choices=("low_confidence", "margin", "entropy", "random"),
+        choices=get_args(Remasking),
         help="which tokens of a step stay masked (%(default)s)",
     )
     sampler.add_argument(
@@ -79,7 +78,7 @@ def _run(model: TextModel, texts: list[str], options: SamplerOptions, args: argp
     try:
         prompts = _encode(model, texts, args)
         if args.infill is None:
-            options = _in_blocks(model, options, args.max_new_tokens)
+            options = model.in_blocks(options, args.max_new_tokens)
         if first:
             _say(f"model    {model.name}")
             if (longest := max(map(len, prompts)) + _new_tokens(args)) > model.max_length:
@@ -124,19 +123,10 @@ def _unescape(text: str) -> str:
 
 
 def _options(args: argparse.Namespace) -> SamplerOptions:
-    from megatron_dlm.shipped.sampler_plan import SamplerOptions
-
     try:
         return SamplerOptions(**{field.name: getattr(args, field.name) for field in fields(SamplerOptions)})
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def _in_blocks(model: TextModel, options: SamplerOptions, max_new_tokens: int) -> SamplerOptions:
-    """Text behind a prompt grows from left to right, so that its end is found before all of it is written."""
-    if model.kind.causal or options.block_length is not None:
-        return options
-    return replace(options, block_length=min(_BLOCK_LENGTH, max_new_tokens))
 
 
 def _encode(model: TextModel, texts: list[str], args: argparse.Namespace) -> list[list[int]]:

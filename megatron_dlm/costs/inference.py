@@ -12,12 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from megatron_dlm.config.tree import ModelConfig
-from megatron_dlm.shipped.sampler_plan import plan
+from megatron_dlm.shipped.sampler_plan import DEFAULT_BLOCK_LENGTH, plan
 
 LENGTHS = (16, 64, 256, 1024, 4096)
 """New tokens of the published comparison."""
-BLOCK_LENGTH = 32
-"""Of the rows of ``inference_costs`` that fill in block by block; the default of `megatron-dlm sample`."""
 
 
 class PublishedConvention(NamedTuple):
@@ -180,8 +178,8 @@ _WAYS: tuple[tuple[str, Callable[[int], int], int | None], ...] = (
     ("L steps", lambda tokens: tokens, None),
     ("L/4 steps", lambda tokens: max(1, tokens // 4), None),
     ("32 steps", lambda tokens: min(32, tokens), None),
-    ("L steps, ", lambda tokens: tokens, BLOCK_LENGTH),
-    ("L/4 steps, ", lambda tokens: max(1, tokens // 4), BLOCK_LENGTH),
+    ("L steps, ", lambda tokens: tokens, DEFAULT_BLOCK_LENGTH),
+    ("L/4 steps, ", lambda tokens: max(1, tokens // 4), DEFAULT_BLOCK_LENGTH),
 )
 
 

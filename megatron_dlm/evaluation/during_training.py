@@ -17,8 +17,6 @@ from megatron_dlm.shipped.sampler_plan import SamplerOptions
 from megatron_dlm.training.evaluator import Sample
 from megatron_dlm.training.state import Training
 
-_BLOCK_LENGTH = 32
-
 
 def model_in_training(training: Training) -> TextModel:
     """The model of a run as it is now, at the run's layout."""
@@ -91,14 +89,14 @@ class DuringTraining:
     def texts(self) -> list[Sample]:
         """Continue every prompt of ``evaluate.prompts``; collective, equal on all ranks.
 
-        The most probable tokens, in blocks of 32: the texts of different steps differ by what was learned in between.
+        The most probable tokens, block by block: the texts of different steps differ by what was learned in between.
         """
         config, tokenizer = self._training.config, self._training.tokenizer
         prompts, new = config.evaluate.prompts, config.evaluate.sample_tokens
         if not prompts:
             return []
         model = model_in_training(self._training)
-        options = SamplerOptions() if model.kind.causal else SamplerOptions(block_length=min(_BLOCK_LENGTH, new))
+        options = model.in_blocks(SamplerOptions(), new)
         samples = model.generate([tokenizer.encode(prompt) for prompt in prompts], options, max_new_tokens=new)
         texts = [tokenizer.decode(row) for row in samples.continuations]
         return [Sample(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]

@@ -30,7 +30,6 @@ from megatron_dlm.evaluation.scoring import encode_pair, score
 from megatron_dlm.generation.text_model import TextModel, open_text_model
 from megatron_dlm.shipped.sampler_plan import SamplerOptions
 
-_BLOCK_LENGTH = 32
 _NEW_TOKENS = 256
 # Names that lm-eval's tasks use for the number of new tokens, the first that is there.
 _NEW_TOKENS_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -133,7 +132,7 @@ class MegatronDLM(LM):
         """Continuations of contexts, up to the first of the texts in ``until`` or the end of the document.
 
         New tokens are at most half of the model's length, and prompts lose their beginnings where both do not fit.
-        Masked diffusion models write in blocks of 32 tokens, one token a forward.
+        Masked diffusion models write block by block, one token a forward.
         """
         self.asked = True
         model = self.model
@@ -145,7 +144,8 @@ class MegatronDLM(LM):
             for (new, temperature, top_p), indices in together.items():
                 options = SamplerOptions(temperature=temperature, top_p=top_p, seed=self.options.seed % 2**32)
                 if not model.kind.causal:
-                    options = replace(options, block_length=min(_BLOCK_LENGTH, new), guidance=self.options.guidance)
+                    options = replace(options, guidance=self.options.guidance)
+                options = model.in_blocks(options, new)
                 prompts = {index: model.tokenizer.encode(requests[index].args[0]) for index in indices}
                 room = model.max_length - new
                 self.truncated += sum(len(prompt) > room for prompt in prompts.values())

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dlm.config.tree import ModelConfig
-from megatron_dlm.costs.inference import BLOCK_LENGTH, LENGTHS, Curve, InferenceCosts, inference_costs
+from megatron_dlm.costs.inference import LENGTHS, Curve, InferenceCosts, inference_costs
 from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.figures.style import BLUE, GREEN, GREY, ORANGE, RED, SKY, STYLE, save
+from megatron_dlm.shipped.sampler_plan import DEFAULT_BLOCK_LENGTH
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 # Curves of our sampler by name: colour and label.
@@ -79,7 +80,7 @@ def _draw_panel(axes: Any, costs: InferenceCosts, values: Callable[[Curve], list
     for name, (color, _) in _LINES.items():
         axes.plot(costs.lengths, values(ours[name]), color=color, linewidth=2.0)
     published = {curve.name: curve for curve in costs.published}
-    growing = published[f"DLM, L steps, growing by {BLOCK_LENGTH}"]
+    growing = published[f"DLM, L steps, growing by {DEFAULT_BLOCK_LENGTH}"]
     axes.plot(costs.lengths, values(growing), "--", color=GREY, linewidth=1.4)
     at = [index for index, length in enumerate(costs.lengths) if length in LENGTHS]
     for curve in costs.published[:2]:
@@ -117,6 +118,6 @@ def _legend(figure: Any) -> None:
     circle: dict[str, Any] = {"marker": "o", "linestyle": "", "markerfacecolor": "none", "markersize": 8}
     handles += [
         Line2D([], [], color=GREY, label="published convention (no prompt)", **circle),
-        Line2D([], [], color=GREY, linestyle="--", label=f"the convention, text growing by {BLOCK_LENGTH}"),
+        Line2D([], [], color=GREY, linestyle="--", label=f"the convention, text growing by {DEFAULT_BLOCK_LENGTH}"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +16,7 @@ from megatron_dlm.config.tree import ParallelConfig
 from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dlm.errors import ConfigError
 from megatron_dlm.shipped.sampler import Denoise, Samples, Step, next_token, sample
-from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
+from megatron_dlm.shipped.sampler_plan import DEFAULT_BLOCK_LENGTH, SamplerOptions, Vocabulary
 
 if TYPE_CHECKING:
     from megatron_dlm.parallel.topology import Topology
@@ -61,6 +62,13 @@ class TextModel(NamedTuple):
             return self.denoise
         first = self.first_token_id
         return next_token(self.denoise, self.tokenizer.end_of_document_id if first is None else first)
+
+    def in_blocks(self, options: SamplerOptions, max_new_tokens: int) -> SamplerOptions:
+        """The options for text behind a prompt: block by block, if they do not say how, so that its end is found before
+        all of it is written. An autoregressive model has no blocks."""
+        if self.kind.causal or options.block_length is not None:
+            return options
+        return replace(options, block_length=min(DEFAULT_BLOCK_LENGTH, max_new_tokens))
 
     def generate(
         self,

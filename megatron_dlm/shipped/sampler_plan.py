@@ -9,6 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
+DEFAULT_BLOCK_LENGTH = 32
+"""Of text behind a prompt where none is asked for: it grows from left to right, so that its end is found early."""
+
 Remasking = Literal["low_confidence", "margin", "entropy", "random"]
 
 
