@@ -20,8 +20,8 @@ from megatron_dlm.errors import ConfigError
 # What YAML 1.1, YAML 1.2 or we ourselves might take for something else than a string.
 TRICKY = (
     "1e3 5e17781 1E3 -1e-3 .5 5. 1_000 017 0o17 0x1F 0b1 1:30 190:20:30 12:30:45.5 true True yes no on off y null ~ "
-    "Null nan .nan .inf -.INF inf 2024-05-01 2001-12-14t21:59:43.10-05:00 << = - -- --- ... ? : & * ! | > % @ ` # a#b {} [] "
-    "[a {a: a: a:b !!int '1' \"1\" + - +1 1+ 0 00 -0"
+    "Null nan .nan .inf -.INF inf 2024-05-01 2001-12-14t21:59:43.10-05:00 << = - -- --- ... ? : & * ! | > % @ ` # a#b "
+    "{} [] [a {a: a: a:b !!int '1' \"1\" + - +1 1+ 0 00 -0"
 ).split()
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40))
 words = st.one_of(st.sampled_from(TRICKY), st.text(st.characters(codec="utf-8"), max_size=20))
