@@ -22,6 +22,7 @@ import torch
 
 from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
 from megatron_dlm.evaluation.multiple_choice import EncodedTask, answer, encode_task
+from megatron_dlm.evaluation.progress import collect
 from megatron_dlm.evaluation.scoring import score
 from megatron_dlm.evaluation.tasks import Question, Task
 from megatron_dlm.generation.text_model import TextModel, open_text_model
@@ -85,12 +86,12 @@ def compare(model: TextModel, encoded: EncodedTask, args: argparse.Namespace) ->
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     requests = [request for requests in encoded.requests for request in requests]
     ways = {
-        "batched": lambda: [value for each in answer(model, encoded, options) for value in each.values],
-        "alone": lambda: [score(model, [request], options)[0].value for request in requests],
+        "batched": lambda: [value for each in collect(answer(model, encoded, options)) for value in each.values],
+        "alone": lambda: [collect(score(model, [request], options))[0].value for request in requests],
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     values: dict[str, list[float]] = {}
-    score(model, encoded.requests[0], options)  # the first forward builds buffers
+    collect(score(model, encoded.requests[0], options))  # the first forward builds buffers
     for _ in range(args.rounds):
         for name, run in ways.items():
             started = clock()

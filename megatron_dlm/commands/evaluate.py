@@ -7,8 +7,6 @@ import importlib.util
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +139,7 @@ def _run(
             if name in tasks:
                 results[name] = _evaluate(model, identity, tasks[name], likelihood, answers, args, first)
             elif name in _TEXT_TASKS:
-                results[name] = _measure_text(model, name, likelihood, args, first)
+                results[name] = _measure_text(model, name, likelihood, args)
         if external := [name.removeprefix(_LM_EVAL) for name in names if name.startswith(_LM_EVAL)]:
             results |= _lm_eval(model, external, likelihood, args)
         if args.output is not None:
@@ -170,12 +168,12 @@ def _evaluate(
     args: argparse.Namespace,
     first: bool,
 ) -> dict[str, Any]:
+    from megatron_dlm.evaluation.progress import collect, with_bar
     from megatron_dlm.evaluation.run_tasks import TaskOptions, evaluate_task
 
     options = TaskOptions(likelihood, args.masks, args.log_questions)
     try:
-        with _progress(task.name, first) as on_progress:
-            result = evaluate_task(model, identity, task, options, answers, on_progress=on_progress)
+        (result,) = collect(with_bar(evaluate_task(model, identity, task, options, answers), task.name))
     except KeyboardInterrupt:
         if args.output is not None and first:
             _say("stopped; the same command goes on where it was")
@@ -186,31 +184,28 @@ def _evaluate(
 
 
 def _measure_text(
-    model: TextModel, name: str, likelihood: LikelihoodOptions, args: argparse.Namespace, first: bool
+    model: TextModel, name: str, likelihood: LikelihoodOptions, args: argparse.Namespace
 ) -> dict[str, Any]:
     """NELBO, or the loss by noise level."""
     common = {"seed": args.seed, "limit_tokens": args.limit, "tokens_per_batch": likelihood.tokens_per_batch}
     source = _text(args.data, name)
-    with _progress(name, first) as show:
+    from megatron_dlm.evaluation.progress import collect, with_bar
 
-        def on_progress(done: int, total: int) -> None:
-            show(done / total)
+    if name == "nelbo":
+        from megatron_dlm.evaluation.text_nelbo import WINDOW_MASKS, text_nelbo
 
-        if name == "nelbo":
-            from megatron_dlm.evaluation.text_nelbo import WINDOW_MASKS, text_nelbo
+        masks = WINDOW_MASKS if args.masks is None else args.masks
+        (nelbo,) = collect(with_bar(text_nelbo(model, source, masks=masks, **common), name))
+        return {"metrics": _nelbo_metrics(nelbo.as_dict()), "data": source, **nelbo.as_dict()}
+    from megatron_dlm.evaluation.noise_level_table import noise_level_table
 
-            masks = WINDOW_MASKS if args.masks is None else args.masks
-            nelbo = text_nelbo(model, source, masks=masks, on_progress=on_progress, **common)
-            return {"metrics": _nelbo_metrics(nelbo.as_dict()), "data": source, **nelbo.as_dict()}
-        from megatron_dlm.evaluation.noise_level_table import noise_level_table
-
-        levels = noise_level_table(model, source, on_progress=on_progress, **common).as_dict()
-        metrics = {f"loss@{level['mask_ratio']:.2f}": level["cross_entropy"] for level in levels["levels"]}
-        errors = {
-            f"loss@{level['mask_ratio']:.2f}_stderr": level["cross_entropy_standard_error"]
-            for level in levels["levels"]
-        }
-        return {"metrics": metrics | errors, **levels}
+    (table,) = collect(with_bar(noise_level_table(model, source, **common), name))
+    levels = table.as_dict()
+    metrics = {f"loss@{level['mask_ratio']:.2f}": level["cross_entropy"] for level in levels["levels"]}
+    errors = {
+        f"loss@{level['mask_ratio']:.2f}_stderr": level["cross_entropy_standard_error"] for level in levels["levels"]
+    }
+    return {"metrics": metrics | errors, **levels}
 
 
 def _text(data: str, name: str) -> str:
@@ -334,17 +329,6 @@ def _likelihood(args: argparse.Namespace) -> LikelihoodOptions:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-@contextmanager
-def _progress(name: str, first: bool) -> Iterator[Any]:
-    """A bar with the time that is left, on a terminal."""
-    from tqdm import tqdm
-
-    form = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
-    hidden = not first or not sys.stderr.isatty()
-    with tqdm(total=1.0, desc=name, bar_format=form, disable=hidden, leave=False, dynamic_ncols=True) as bar:
-        yield lambda share: bar.update(share - bar.n)
 
 
 def _say(line: str) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.files import write_text
@@ -116,9 +115,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 def _measure(args: argparse.Namespace, levels: int | list[float]) -> list[NoiseLevelTable]:
     """The tables of all models, which are opened first, so that what is wrong with the second shows before."""
-    from tqdm import tqdm
-
     from megatron_dlm.evaluation.noise_level_table import check_model, noise_level_table
+    from megatron_dlm.evaluation.progress import collect, with_bar
     from megatron_dlm.evaluation.text_nelbo import read_windows
     from megatron_dlm.generation.text_model import open_text_model
 
@@ -133,15 +131,8 @@ def _measure(args: argparse.Namespace, levels: int | list[float]) -> list[NoiseL
             raise ConfigError("the two models have different tokenizers; compare models of one tokenizer")
     tables = []
     for path, model in zip(args.checkpoint, models, strict=True):
-        with tqdm(unit="row", desc=path, file=sys.stderr, leave=False, disable=None) as bar:
-
-            def show(done: int, total: int, bar: Any = bar) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            table = noise_level_table(
-                model, args.data, levels=levels, windows=args.windows, length=length, seed=args.seed, on_progress=show
-            )
+        parts = noise_level_table(model, args.data, levels=levels, windows=args.windows, length=length, seed=args.seed)
+        (table,) = collect(with_bar(parts, path))
         tables.append(replace(table, name=path))
     return tables
 

@@ -9,6 +9,7 @@ from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.evaluation.likelihood_masks import TOKENS_PER_BATCH, LikelihoodOptions
 from megatron_dlm.evaluation.multiple_choice import EncodedTask, Metric, answer, encode_task, metrics
+from megatron_dlm.evaluation.progress import collect
 from megatron_dlm.evaluation.run_tasks import flat
 from megatron_dlm.evaluation.tasks import load_task
 from megatron_dlm.generation.denoiser import Denoiser
@@ -104,6 +105,6 @@ class DuringTraining:
     def _metrics(self, encoded: EncodedTask, options: LikelihoodOptions) -> dict[str, Metric]:
         model, task = model_in_training(self._training), encoded.task
         try:
-            return metrics(task.questions, answer(model, encoded, options), task.kind)
+            return metrics(task.questions, collect(answer(model, encoded, options)), task.kind)
         except ValueError:  # NaN, which skipped steps may still mend
             return {"acc": Metric(float("nan"), None)}

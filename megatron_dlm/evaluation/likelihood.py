@@ -7,12 +7,11 @@ Pure functions of ``denoise``. They are the training losses of the two: the soft
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dlm_kernels.philox import TOKEN_POSITION_BITS
 from megatron_dlm.evaluation.likelihood_masks import (
@@ -23,14 +22,12 @@ from megatron_dlm.evaluation.likelihood_masks import (
     causal_plan,
     plan,
 )
-from megatron_dlm.evaluation.likelihood_rows import RowScorer, Unit
+from megatron_dlm.evaluation.likelihood_rows import RowScorer, Tokens, Unit
+from megatron_dlm.evaluation.progress import Finished
 from megatron_dlm.shipped.sampler import Denoise, sample
 from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 
-Progress = Callable[[int, int], None]
-
 _GROUP_BITS = 41
-_WINDOW_BITS = 20
 # 97.5 % quantiles of Student's t for 1 to 7 degrees of freedom; beyond, the series in 1/df around the normal one.
 _STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646)
 _STUDENT_SERIES = (1.95996, 2.37227, 2.82250, 2.55585)
@@ -39,8 +36,8 @@ _STUDENT_SERIES = (1.95996, 2.37227, 2.82250, 2.55585)
 class Request(NamedTuple):
     """Tokens to be scored, given those before them."""
 
-    context: Sequence[int]
-    target: Sequence[int]
+    context: Tokens
+    target: Tokens
     group: int
     """Requests of one group (the options of one question) share their random numbers, so that their differences have
     less noise. From 0 to 2**41 - 1."""
@@ -74,9 +71,8 @@ def loglikelihoods(
     vocabulary: Vocabulary,
     device: torch.device | str = "cpu",
     greedy: bool = False,
-    on_progress: Progress | None = None,
-) -> list[LogLikelihood]:
-    """Log-likelihoods under a masked diffusion model, in the order of the requests.
+) -> Iterator[Finished[LogLikelihood]]:
+    """Log-likelihoods under a masked diffusion model, by index of the request, as they are found.
 
     log p(target | context) >= -E_k[L'/k * sum over k masked tokens of -log p(token | all that is visible)], for L'
     tokens in the target, k uniform on 1..L' and any k tokens equally likely (LLaDA, arXiv 2502.09992, equation 6). The
@@ -90,8 +86,7 @@ def loglikelihoods(
         vocabulary: what it forbids, greedy decoding never writes. The values do not depend on that.
         device: of the tensors that ``denoise`` is given.
         greedy: also find ``is_greedy``: masks in the target's place are filled in one by one, the most certain first,
-            which costs L' forwards for every context and length.
-        on_progress: called with what is done and what is to be done: a request counts once, with ``greedy`` twice.
+            which costs L' forwards for every context and length. Results then come in the second half of the work.
 
     Raises:
         ValueError: a request has no target, has [MASK] among its tokens or a group out of range; or the model gives
@@ -106,23 +101,35 @@ def loglikelihoods(
         vocabulary=vocabulary,
         guidance=options.guidance,
     )
-    progress = _Progress(on_progress, len(requests) * (2 if greedy else 1))
     keys = [(request.group, tuple(request.context), len(request.target)) for request in requests]
-    results = _evaluate(
+    rounds = _evaluate(
         scorer,
         requests,
         keys,
         lambda request: plan(options, request.group, len(request.target)),
-        progress,
         hidden_id=vocabulary.mask_token_id,
     )
+    done, total = 0, len(requests) * (2 if greedy else 1)  # with ``greedy`` a request is one piece of work, and another
+    bounds: dict[int, LogLikelihood] = {}
+    for found in rounds:
+        found = {index: result._replace(is_greedy=None) for index, result in found.items()}
+        bounds |= found
+        done += len(found)
+        yield Finished({} if greedy else found, done / total)
     if not greedy:
-        return [result._replace(is_greedy=None) for result in results]
-    filled = _fill(scorer, [key[1:] for key in keys], progress)
-    return [
-        result._replace(is_greedy=filled[key[1:]] == list(request.target))
-        for result, key, request in zip(results, keys, requests, strict=True)
-    ]
+        return
+    # What is filled in depends on the context and the length alone, so requests that agree in them share it.
+    users: dict[tuple, list[int]] = {}
+    for index, (_, context, length) in enumerate(keys):
+        users.setdefault((context, length), []).append(index)
+    for written in _fill(scorer, list(users)):
+        found = {
+            index: bounds[index]._replace(is_greedy=row == list(requests[index].target))
+            for key, row in written.items()
+            for index in users[key]
+        }
+        done += len(found)
+        yield Finished(found, done / total)
 
 
 def exact_loglikelihoods(
@@ -132,9 +139,8 @@ def exact_loglikelihoods(
     vocabulary: Vocabulary,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     device: torch.device | str = "cpu",
-    on_progress: Progress | None = None,
-) -> list[LogLikelihood]:
-    """Log-likelihoods under an autoregressive model, in the order of the requests: exact, ``is_greedy`` included.
+) -> Iterator[Finished[LogLikelihood]]:
+    """Log-likelihoods under an autoregressive model, as they are found: exact, ``is_greedy`` included.
 
     Requests that differ in their last token alone go through the model once.
 
@@ -144,7 +150,6 @@ def exact_loglikelihoods(
         vocabulary: what it forbids, and [MASK], greedy decoding never writes. The values do not depend on that.
         tokens_per_batch: of one forward, padding included; but at least one sequence.
         device: of the tensors that ``denoise`` is given.
-        on_progress: called with the requests that are done, and all.
 
     Raises:
         ValueError: a request has no target, or the model gives NaN. One line.
@@ -155,105 +160,11 @@ def exact_loglikelihoods(
         denoise, tokens_per_batch=tokens_per_batch, device=device, vocabulary=vocabulary, finds_best=True
     )
     keys = [(0, tuple(request.context), len(request.target)) for request in requests]
-    progress = _Progress(on_progress, len(requests))
+    done = 0
     # What hides a target's last token is not read, but looked up: an imported model may have no [MASK], all have id 0.
-    return _evaluate(scorer, requests, keys, lambda request: causal_plan(len(request.target)), progress, hidden_id=0)
-
-
-def rolling(
-    score: Callable[[list[Request]], list[LogLikelihood]],
-    texts: Sequence[Sequence[int]],
-    *,
-    max_length: int,
-    groups: Sequence[int] | None = None,
-) -> list[LogLikelihood]:
-    """Log-likelihoods of whole texts: sums over consecutive windows of ``max_length`` tokens, the last one shorter.
-
-    No window sees another; each is scored as a document of its own. For a diffusion model this means that there is no
-    context and all tokens of a window are noised together, as in training; for an autoregressive one, that a window
-    begins behind the first token of ``next_token``. A text in several windows so has a lower value than in one. Every
-    window has its own noise, so that variances add up. A text without tokens has the value 0.
-
-    Args:
-        score: ``loglikelihoods`` or ``exact_loglikelihoods``, with their other arguments.
-        texts: token ids.
-        max_length: tokens; the model's sequence length.
-        groups: what names the random numbers of every text, below 2**20; None: its place among the texts.
-
-    Raises:
-        ValueError: ``max_length`` is below 1, or a text's group or number of windows is too large; and what ``score``
-            raises.
-    """
-    if max_length < 1:
-        raise ValueError(f"max_length is {max_length}; it must be at least 1")
-    windows: list[Request] = []
-    counts: list[int] = []
-    for text, group in zip(texts, range(len(texts)) if groups is None else groups, strict=True):
-        starts = range(0, len(text), max_length)
-        if not 0 <= group < 2**_WINDOW_BITS or len(starts) > 2**_WINDOW_BITS:
-            raise ValueError(
-                f"text {len(counts)} has the group {group} and {len(starts)} windows; the group must be from 0 to "
-                f"{2**_WINDOW_BITS - 1}, and there may be {2**_WINDOW_BITS} windows"
-            )
-        first = group << _WINDOW_BITS
-        windows += [Request([], text[at : at + max_length], first + i) for i, at in enumerate(starts)]
-        counts.append(len(starts))
-    scored = iter(score(windows))
-    return [_total([next(scored) for _ in range(count)]) for count in counts]
-
-
-def masked_loglikelihood(
-    denoise: Denoise,
-    context: Sequence[int],
-    target: Sequence[int],
-    masks: Tensor,
-    *,
-    vocabulary: Vocabulary,
-    guidance: float = 0.0,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """What each of the given masks says of log p(target | context): -L'/k times the sum of its k cross-entropies.
-
-    Args:
-        masks: [n, target] bool, at least one token in each.
-        guidance, tokens_per_batch, device: as in ``loglikelihoods`` and its options.
-
-    Returns:
-        [n] fp64 on the CPU, nats.
-
-    Raises:
-        ValueError: a mask is empty or not as long as the target; and as ``loglikelihoods``.
-    """
-    options = LikelihoodOptions(guidance=guidance, tokens_per_batch=tokens_per_batch)
-    _check([Request(context, target, 0)], vocabulary.mask_token_id)
-    chosen = masks.cpu().numpy().astype(bool)
-    if chosen.ndim != 2 or chosen.shape[1] != len(target) or not chosen.any(1).all():
-        raise ValueError(
-            f"masks of shape {list(masks.shape)} do not fit; give [n, {len(target)}], with at least one token in each"
-        )
-    scorer = RowScorer(
-        denoise,
-        tokens_per_batch=options.tokens_per_batch,
-        device=device,
-        vocabulary=vocabulary,
-        guidance=options.guidance,
-    )
-    counts = chosen.sum(1)
-    shown = Plan(chosen, chosen, len(target) / counts[None], exact=False)
-    targets = np.array([target], dtype=np.int64)
-    (unit,) = scorer.finish([Unit([0], context, targets, shown, vocabulary.mask_token_id)])
-    return torch.from_numpy(-unit.sums[0] * shown.coefficients[0])
-
-
-class _Progress:
-    def __init__(self, report: Progress | None, total: int) -> None:
-        self.report, self.total, self.done = report, total, 0
-
-    def add(self, count: int) -> None:
-        self.done += count
-        if self.report:
-            self.report(self.done, self.total)
+    for found in _evaluate(scorer, requests, keys, lambda request: causal_plan(len(request.target)), hidden_id=0):
+        done += len(found)
+        yield Finished(found, done / len(requests))
 
 
 def _evaluate(
@@ -261,10 +172,10 @@ def _evaluate(
     requests: Sequence[Request],
     keys: Sequence[tuple],
     plan_of: Callable[[Request], Plan],
-    progress: _Progress,
+    *,
     hidden_id: int,
-) -> list[LogLikelihood]:
-    """Score the requests; those with the same key share their context, length and masks."""
+) -> Iterator[dict[int, LogLikelihood]]:
+    """Score the requests, the longest first; those with the same key share their context, length and masks."""
     together: dict[tuple, list[int]] = {}
     for index, key in enumerate(keys):
         together.setdefault(key, []).append(index)
@@ -277,12 +188,9 @@ def _evaluate(
     def length(indices: list[int]) -> int:
         return len(requests[indices[0]].context) + len(requests[indices[0]].target)
 
-    found: dict[int, LogLikelihood] = {}
     longest_first = sorted(together.values(), key=length, reverse=True)
     for done in scorer.finish(unit(indices) for indices in longest_first):
-        found.update(zip(done.indices, _estimates(done), strict=True))
-        progress.add(len(done.indices))
-    return [found[index] for index in range(len(requests))]
+        yield dict(zip(done.indices, _estimates(done), strict=True))
 
 
 def _estimates(unit: Unit) -> list[LogLikelihood]:
@@ -301,14 +209,10 @@ def _estimates(unit: Unit) -> list[LogLikelihood]:
     return found
 
 
-def _fill(scorer: RowScorer, keys: Sequence[tuple], progress: _Progress) -> dict[tuple, list[int]]:
+def _fill(scorer: RowScorer, keys: Sequence[tuple]) -> Iterator[dict[tuple, list[int]]]:
     """What the sampler writes behind the context of every key (context, length), at temperature 0."""
-    users: dict[tuple, int] = {}
-    for key in keys:
-        users[key] = users.get(key, 0) + 1
-    waiting = sorted(users, key=lambda key: len(key[0]) + key[1])
+    waiting = sorted(keys, key=lambda key: len(key[0]) + key[1])
     options = SamplerOptions(guidance=scorer.guidance)
-    filled = {}
     while waiting:
         context, length = waiting[-1]
         batch = [waiting.pop() for _ in range(min(scorer.rows_per_batch(len(context) + length), len(waiting)))]
@@ -319,23 +223,7 @@ def _fill(scorer: RowScorer, keys: Sequence[tuple], progress: _Progress) -> dict
             vocabulary=scorer.vocabulary,
             device=scorer.device,
         ).tokens
-        filled.update({key: row[len(key[0]) :] for key, row in zip(batch, rows, strict=True)})
-        progress.add(sum(users[key] for key in batch))
-    return filled
-
-
-def _total(parts: list[LogLikelihood]) -> LogLikelihood:
-    """Of independent parts; the degrees of freedom are Satterthwaite's."""
-    value = math.fsum(part.value for part in parts)
-    known = [part.is_greedy for part in parts if part.is_greedy is not None]
-    greedy = all(known) if parts and len(known) == len(parts) else None
-    errors = [part.standard_error for part in parts if part.standard_error is not None]
-    if len(errors) < len(parts):
-        return LogLikelihood(value, None, greedy)
-    variance = math.fsum(error**2 for error in errors)
-    spread = math.fsum(e**4 / part.degrees_of_freedom for e, part in zip(errors, parts, strict=True))
-    freedom = max(int(variance**2 / spread + 1e-6), 1) if spread else OFFSET_GROUPS - 1
-    return LogLikelihood(value, math.sqrt(variance), greedy, freedom)
+        yield {key: row[len(key[0]) :] for key, row in zip(batch, rows, strict=True)}
 
 
 def _student(degrees_of_freedom: int) -> float:

@@ -13,6 +13,9 @@ from megatron_dlm.evaluation.likelihood_masks import Plan
 from megatron_dlm.shipped.sampler import Denoise
 from megatron_dlm.shipped.sampler_plan import Vocabulary
 
+Tokens = Sequence[int] | np.ndarray
+"""[length] token ids."""
+
 # Logits that are held in fp64 at a time.
 _CHUNK = 1 << 24
 
@@ -24,9 +27,7 @@ class Unit:
     answers to a question have in common.
     """
 
-    def __init__(
-        self, indices: list[int], context: Sequence[int], targets: np.ndarray, plan: Plan, hidden_id: int
-    ) -> None:
+    def __init__(self, indices: list[int], context: Tokens, targets: np.ndarray, plan: Plan, hidden_id: int) -> None:
         """
         Args:
             indices: of the requests.

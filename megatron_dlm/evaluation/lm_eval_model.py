@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +20,12 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
-from tqdm import tqdm
 
 from megatron_dlm.errors import ConfigError, DataError
-from megatron_dlm.evaluation.likelihood import LogLikelihood, Request, rolling
+from megatron_dlm.evaluation.likelihood import LogLikelihood, Request
 from megatron_dlm.evaluation.likelihood_masks import DEFAULT_MASKS, TOKENS_PER_BATCH, Estimator, LikelihoodOptions
+from megatron_dlm.evaluation.progress import Finished, collect, with_bar
+from megatron_dlm.evaluation.rolling import totals, windows_of
 from megatron_dlm.evaluation.scoring import encode_pair, score
 from megatron_dlm.generation.text_model import TextModel, open_text_model
 from megatron_dlm.shipped.sampler_plan import SamplerOptions
@@ -115,15 +115,13 @@ class MegatronDLM(LM):
         return [found[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts in nats; see ``likelihood.rolling`` for longer ones."""
+        """Log-likelihoods of whole texts in nats; see ``rolling`` for longer ones."""
         self.asked = True
         texts = [self.model.tokenizer.encode(request.args[0]) for request in requests]
         groups = [_group(request, index) for index, request in enumerate(requests)]
-
-        def scored(windows: list[Request]) -> list[LogLikelihood]:
-            return self._score(windows, False, "texts", disable_tqdm)
-
-        values = [total.value for total in rolling(scored, texts, max_length=self.model.max_length, groups=groups)]
+        windows = windows_of(texts, max_length=self.model.max_length, groups=groups)
+        scored = self._score([window for text in windows for window in text], False, "texts", disable_tqdm)
+        values = [total.value for total in totals(windows, scored)]
         for request, value in zip(requests, values, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
         return values
@@ -135,42 +133,41 @@ class MegatronDLM(LM):
         Masked diffusion models write block by block, one token a forward.
         """
         self.asked = True
-        model = self.model
+        texts: dict[int, str] = {}
+        for part in with_bar(self._generate(requests), "generating", hidden=disable_tqdm):
+            texts |= part.results
+            for index, text in part.results.items():
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return [texts[index] for index in range(len(requests))]
+
+    def _generate(self, requests: list[Instance]) -> Iterator[Finished[str]]:
+        """Texts by index of the request; those with equal settings are written together, the longest prompts first."""
+        model, done = self.model, 0
         together: dict[tuple[int, float, float], list[int]] = {}
         for index, request in enumerate(requests):
             together.setdefault(_generation(request.args[1], model.max_length), []).append(index)
-        texts: dict[int, str] = {}
-        with _bar("generating", len(requests), disable_tqdm) as bar:
-            for (new, temperature, top_p), indices in together.items():
-                options = SamplerOptions(temperature=temperature, top_p=top_p, seed=self.options.seed % 2**32)
-                if not model.kind.causal:
-                    options = replace(options, guidance=self.options.guidance)
-                options = model.in_blocks(options, new)
-                prompts = {index: model.tokenizer.encode(requests[index].args[0]) for index in indices}
-                room = model.max_length - new
-                self.truncated += sum(len(prompt) > room for prompt in prompts.values())
-                rows = max(self.options.tokens_per_batch // model.max_length, 1)
-                order = sorted(indices, key=lambda index: len(prompts[index]), reverse=True)
-                for batch in (order[start : start + rows] for start in range(0, len(order), rows)):
-                    cut = [prompts[index][max(len(prompts[index]) - room, 0) :] for index in batch]
-                    samples = model.generate(cut, options, max_new_tokens=new)
-                    for index, row in zip(batch, samples.continuations, strict=True):
-                        texts[index] = _before(model.tokenizer.decode(row), requests[index].args[1].get("until"))
-                        self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
-                    bar.update(len(batch))
-        return [texts[index] for index in range(len(requests))]
+        for (new, temperature, top_p), indices in together.items():
+            options = SamplerOptions(temperature=temperature, top_p=top_p, seed=self.options.seed % 2**32)
+            if not model.kind.causal:
+                options = replace(options, guidance=self.options.guidance)
+            options = model.in_blocks(options, new)
+            prompts = {index: model.tokenizer.encode(requests[index].args[0]) for index in indices}
+            room = model.max_length - new
+            self.truncated += sum(len(prompt) > room for prompt in prompts.values())
+            rows = max(self.options.tokens_per_batch // model.max_length, 1)
+            order = sorted(indices, key=lambda index: len(prompts[index]), reverse=True)
+            for batch in (order[start : start + rows] for start in range(0, len(order), rows)):
+                cut = [prompts[index][max(len(prompts[index]) - room, 0) :] for index in batch]
+                samples = model.generate(cut, options, max_new_tokens=new)
+                texts = {
+                    index: _before(model.tokenizer.decode(row), requests[index].args[1].get("until"))
+                    for index, row in zip(batch, samples.continuations, strict=True)
+                }
+                done += len(batch)
+                yield Finished(texts, done / len(requests))
 
     def _score(self, requests: Sequence[Request], greedy: bool, what: str, disable_tqdm: bool) -> list[LogLikelihood]:
-        if not requests:
-            return []
-        with _bar(what, 1.0, disable_tqdm) as bar:
-            return score(
-                self.model,
-                requests,
-                self.options,
-                greedy=greedy,
-                on_progress=lambda share: bar.update(share - bar.n),
-            )
+        return collect(with_bar(score(self.model, requests, self.options, greedy=greedy), what, hidden=disable_tqdm))
 
 
 def run_lm_eval(
@@ -281,9 +278,3 @@ def _before(text: str, until: str | Sequence[str] | None) -> str:
     """The text up to the first place where one of the stops begins."""
     stops = [until] if isinstance(until, str) else until or []
     return text[: min([text.find(stop) for stop in stops if stop and stop in text], default=len(text))]
-
-
-def _bar(what: str, total: float, disabled: bool) -> tqdm:
-    hidden = disabled or os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty()
-    form = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
-    return tqdm(total=total, desc=what, bar_format=form, disable=hidden, leave=False, dynamic_ncols=True)

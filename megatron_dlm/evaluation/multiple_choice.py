@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.errors import DataError
 from megatron_dlm.evaluation.likelihood import LogLikelihood, Request
 from megatron_dlm.evaluation.likelihood_masks import DEFAULT_MASKS, LikelihoodOptions
+from megatron_dlm.evaluation.progress import Finished
 from megatron_dlm.evaluation.scoring import encode_pair, score
 from megatron_dlm.evaluation.tasks import Question, Task
 from megatron_dlm.generation.text_model import TextModel
@@ -72,51 +73,29 @@ def encode_task(task: Task, tokenizer: Tokenizer, max_length: int) -> EncodedTas
 
 
 def answer(
-    model: TextModel,
-    encoded: EncodedTask,
-    options: LikelihoodOptions,
-    *,
-    known: Mapping[int, Answer] | None = None,
-    on_answers: Callable[[Mapping[int, Answer]], None] | None = None,
-    on_progress: Callable[[float], None] | None = None,
-) -> list[Answer]:
-    """The answers to all questions; every rank of the model's layout must call it with the same arguments.
+    model: TextModel, encoded: EncodedTask, options: LikelihoodOptions, *, known: Container[int] = ()
+) -> Iterator[Finished[Answer]]:
+    """The answers by index of the question; every rank of the model's layout must call it with the same arguments.
 
     The options of a question share their random numbers, so that they are compared under the same masks. An answer is
     a function of the model, the question's index and ``options``, whatever is asked beside it, but for rounding.
 
     Args:
         options: ``masks`` as ``EncodedTask.masks`` gives it.
-        known: answers by index of the question, which are taken as they are.
-        on_answers: called with what is new after every round (seconds of work), on every rank.
-        on_progress: called with the share of the work that is done.
+        known: indices of questions that are not asked.
 
     Raises:
         ValueError: the model gives NaN; one line.
     """
-    known = dict(known or {})
     asked = [index for index in range(len(encoded.requests)) if index not in known]
     owners = [index for index in asked for _ in encoded.requests[index]]
     last_word = encoded.task.kind == "last_word"
-
-    def hand_over(new: Mapping[int, LogLikelihood]) -> None:
+    requests = [request for index in asked for request in encoded.requests[index]]
+    for part in score(model, requests, options, greedy=last_word):
         found: dict[int, list[LogLikelihood]] = {}
-        for request in sorted(new):  # the options of a question stay together
-            found.setdefault(owners[request], []).append(new[request])
-        answers = {index: _answer(results, last_word) for index, results in found.items()}
-        known.update(answers)
-        if on_answers:
-            on_answers(answers)
-
-    score(
-        model,
-        [request for index in asked for request in encoded.requests[index]],
-        options,
-        greedy=last_word,
-        on_round=hand_over,
-        on_progress=on_progress,
-    )
-    return [known[index] for index in range(len(encoded.requests))]
+        for number in sorted(part.results):  # the options of a question, which come together, in their order
+            found.setdefault(owners[number], []).append(part.results[number])
+        yield Finished({index: _answer(results, last_word) for index, results in found.items()}, part.share)
 
 
 def metrics(questions: Sequence[Question], answers: Sequence[Answer], kind: str) -> dict[str, Metric]:

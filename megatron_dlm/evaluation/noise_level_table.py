@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,10 +23,9 @@ import torch
 from dlm_kernels.philox import MASK32, TOKEN_POSITION_BITS, Stream, random_bits, token_counter
 from megatron_dlm.errors import ConfigError
 from megatron_dlm.evaluation.likelihood_masks import TOKENS_PER_BATCH
+from megatron_dlm.evaluation.progress import Finished
 from megatron_dlm.evaluation.text_nelbo import check_ids, read_windows
 from megatron_dlm.generation.text_model import TextModel
-
-Progress = Callable[[int, int], None]
 
 # Of Stream.SAMPLING; the masks of likelihoods draw below 2**31.
 _DRAW = MASK32
@@ -139,9 +138,10 @@ def noise_level_table(
     seed: int = 0,
     limit_tokens: int | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
-    on_progress: Progress | None = None,
-) -> NoiseLevelTable:
-    """Measure a masked diffusion model; every rank of its layout must call it with the same arguments.
+) -> Iterator[Finished[NoiseLevelTable]]:
+    """Measure a masked diffusion model; the table comes last, as number 0.
+
+    Every rank of the model's layout must call it with the same arguments.
 
     A level of ratio r masks k = ceil(r L) of the L tokens of every window, those with the k smallest keys. A key is a
     function of (seed, window, position), so that the masks of one window are nested, and the same for every model.
@@ -155,7 +155,6 @@ def noise_level_table(
         seed: 64 bits.
         limit_tokens: read only the first ones of the text; None: all.
         tokens_per_batch: of one forward; but at least one window. It changes the result by rounding only.
-        on_progress: called with the rows that are done, and all: one for every window and level.
 
     Raises:
         ConfigError: the model is autoregressive, an argument is out of range, or the model gives NaN; one line.
@@ -181,9 +180,15 @@ def noise_level_table(
     masked = np.unique(np.ceil(np.array(ratios) * length - 1e-6).astype(np.int64).clip(1, length))
     keys = random_bits(seed, Stream.SAMPLING, token_counter(chosen[:, None], np.arange(length)), _DRAW)
     ranks = (keys << TOKEN_POSITION_BITS | np.arange(length)).argsort(1).argsort(1)
-    losses, correct = _measure(model, tokens, ranks, masked, tokens_per_batch, on_progress)
-    digest = hashlib.sha256(b"".join(array.tobytes() for array in (tokens, ranks, masked)))
-    return NoiseLevelTable(model.name, source, length, masked, losses, correct, digest.hexdigest())
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in (tokens, ranks, masked))).hexdigest()
+    found: dict[int, tuple[float, float]] = {}
+    for part in _measure(model, tokens, ranks, masked, tokens_per_batch):
+        found |= part.results
+        yield Finished({}, part.share)
+    # [windows * levels, 2] becomes two of [levels, windows].
+    by_row = np.array([found[number] for number in range(len(found))])
+    losses, correct = (column.reshape(-1, len(masked)).T for column in np.ascontiguousarray(by_row.T))
+    yield Finished({0: NoiseLevelTable(model.name, source, length, masked, losses, correct, digest)}, 1.0)
 
 
 def check_model(model: TextModel) -> None:
@@ -227,38 +232,33 @@ def _ratios(levels: int | Sequence[float]) -> list[float]:
 
 
 def _measure(
-    model: TextModel,
-    tokens: np.ndarray,
-    ranks: np.ndarray,
-    masked: np.ndarray,
-    tokens_per_batch: int,
-    on_progress: Progress | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean cross-entropies and accuracies of the masked tokens, [levels, windows] fp64 each.
+    model: TextModel, tokens: np.ndarray, ranks: np.ndarray, masked: np.ndarray, tokens_per_batch: int
+) -> Iterator[Finished[tuple[float, float]]]:
+    """Mean cross-entropy (nats) and accuracy of the masked tokens of every row.
+
+    Row i is window i // levels at level i % levels; as many rows as fit go through the model together.
 
     Args:
         tokens: [windows, length] int64.
         ranks: [windows, length] int64: the tokens with the smallest are masked.
         masked: [levels] int64.
     """
-    total = len(tokens) * len(masked)
-    losses, correct = np.zeros((2, total))
-    step = max(tokens_per_batch // tokens.shape[1], 1)
+    total, length = len(tokens) * len(masked), tokens.shape[1]
+    step = max(tokens_per_batch // length, 1)
     for start in range(0, total, step):
-        window, level = np.divmod(np.arange(start, min(start + step, total)), len(masked))
+        numbers = np.arange(start, min(start + step, total))
+        window, level = np.divmod(numbers, len(masked))
         hidden = ranks[window] < masked[level, None]
-        rows = np.flatnonzero(hidden)
+        rows = np.flatnonzero(hidden)  # of [batch * length]
         inputs = np.where(hidden, model.vocabulary.mask_token_id, tokens[window])
-        found, best = _score(model, inputs, rows, tokens[window].reshape(-1)[rows])
-        owner = rows // tokens.shape[1]
-        here = slice(start, start + len(window))
-        losses[here] = np.bincount(owner, found, len(window)) / masked[level]
-        correct[here] = np.bincount(owner, best, len(window)) / masked[level]
-        if on_progress:
-            on_progress(start + len(window), total)
-    if np.isnan(losses).any():
-        raise ConfigError(f"{model.name} gives NaN; check its weights, or use a wider number format")
-    return losses.reshape(-1, len(masked)).T, correct.reshape(-1, len(masked)).T
+        losses, best = _score(model, inputs, rows, tokens[window].reshape(-1)[rows])
+        # Sums over the masked tokens of each row of the batch, whose number is that of the flat index by the length.
+        owner = rows // length
+        means = (np.bincount(owner, values, len(numbers)) / masked[level] for values in (losses, best))
+        found = dict(zip(numbers.tolist(), zip(*(mean.tolist() for mean in means), strict=True), strict=True))
+        if any(math.isnan(loss) for loss, _ in found.values()):
+            raise ConfigError(f"{model.name} gives NaN; check its weights, or use a wider number format")
+        yield Finished(found, (start + len(numbers)) / total)
 
 
 @torch.no_grad()

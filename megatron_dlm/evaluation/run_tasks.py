@@ -24,6 +24,7 @@ from megatron_dlm.evaluation.multiple_choice import (
     metrics,
 )
 from megatron_dlm.evaluation.partial_answers import PartialAnswers
+from megatron_dlm.evaluation.progress import Finished
 from megatron_dlm.evaluation.provenance import fingerprint, options_of
 from megatron_dlm.evaluation.tasks import Task
 from megatron_dlm.generation.text_model import TextModel
@@ -113,16 +114,15 @@ def evaluate_task(
     task: Task,
     options: TaskOptions,
     answers: Answers,
-    *,
-    on_progress: Callable[[float], None] | None = None,
-) -> dict[str, Any]:
-    """The result of one task, for JSON; every rank of the model's layout must call it with the same arguments.
+) -> Iterator[Finished[dict[str, Any]]]:
+    """The result of one task, for JSON, which comes last, as number 0.
+
+    Answers are kept as they come. Every rank of the model's layout must call it with the same arguments.
 
     Args:
         identity: see ``provenance.identify``.
-        on_progress: called with the share of the work that is done.
 
-    Returns:
+    Yields:
         metrics: each beside its standard error; questions; truncated: those whose contexts have lost their beginnings;
         resumed: those that an earlier run had answered; files; options; seconds; subjects, where there are some; log:
         every question, where it is asked for.
@@ -136,19 +136,18 @@ def evaluate_task(
     likelihood = replace(options.likelihood, masks=encoded.masks(options.masks))
     key = fingerprint(identity, task, likelihood)
     known = {index: each for index, each in answers.known(key).items() if index < len(task.questions)}
+    by_index = dict(known)
     try:
-        found = answer(
-            model,
-            encoded,
-            likelihood,
-            known=known,
-            on_answers=lambda new: answers.add(key, new),
-            on_progress=on_progress,
-        )
+        for part in answer(model, encoded, likelihood, known=known):
+            if part.results:
+                answers.add(key, part.results)
+            by_index |= part.results
+            yield Finished({}, part.share)
     except (ConfigError, DataError):
         raise
     except ValueError as error:
         raise ConfigError(f"{task.name}: {error}") from None
+    found = [by_index[index] for index in range(len(task.questions))]
     result: dict[str, Any] = {
         "metrics": flat(metrics(task.questions, found, task.kind)),
         "questions": len(task.questions),
@@ -163,7 +162,7 @@ def evaluate_task(
         result["subjects"] = subjects
     if options.log_questions:
         result["log"] = list(_log(encoded, found))
-    return result
+    yield Finished({0: result}, 1.0)
 
 
 def flat(figures: Mapping[str, tuple[float, float | None]]) -> dict[str, float | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -10,14 +10,12 @@ import torch.distributed as dist
 from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.evaluation.likelihood import LogLikelihood, Request, exact_loglikelihoods, loglikelihoods
 from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
+from megatron_dlm.evaluation.progress import Finished
 from megatron_dlm.generation.text_model import TextModel
 
 # A round is so many full forwards of every replica: seconds, after which results are handed over. Its last forward is
 # not full, which costs half of one on average.
 _FORWARDS_PER_ROUND = 32
-
-OnRound = Callable[[Mapping[int, LogLikelihood]], None]
-Progress = Callable[[float], None]
 
 
 class Pair(NamedTuple):
@@ -57,24 +55,17 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, max_lengt
 
 
 def score(
-    model: TextModel,
-    requests: Sequence[Request],
-    options: LikelihoodOptions,
-    *,
-    greedy: bool = False,
-    on_round: OnRound | None = None,
-    on_progress: Progress | None = None,
-) -> list[LogLikelihood]:
-    """Log-likelihoods, in the order of the requests: a bound for masked diffusion, exact for an autoregressive model.
+    model: TextModel, requests: Sequence[Request], options: LikelihoodOptions, *, greedy: bool = False
+) -> Iterator[Finished[LogLikelihood]]:
+    """Log-likelihoods by index of the request: a bound for masked diffusion, exact for an autoregressive model.
 
-    Every rank of the model's layout must call it with the same arguments. Requests of one group stay together, the
-    longest go first; data-parallel replicas share them. A result does not depend on all this, but for rounding.
+    Every rank of the model's layout must call it with the same arguments, and all get the same results, a round (some
+    seconds of work) at a time. Requests of one group stay together, the longest go first; data-parallel replicas share
+    them. A result does not depend on all this, but for rounding.
 
     Args:
         options: of an autoregressive model only ``tokens_per_batch`` counts.
         greedy: also find ``is_greedy``, which an autoregressive model always tells.
-        on_round: called with what is new after every round, by the index of the request; on every rank.
-        on_progress: called with the share of the work that is done.
 
     Raises:
         ValueError: a request cannot be scored, or the model gives NaN; one line, on every rank.
@@ -85,7 +76,6 @@ def score(
     costs = {group: sum(_cost(model, requests[i], options, greedy) for i in groups[group]) for group in groups}
     total, done = max(sum(costs.values()), 1), 0
     rank, size = _replica(model)
-    found: dict[int, LogLikelihood] = {}
 
     def longest(group: int) -> int:
         return max(len(requests[i].context) + len(requests[i].target) for i in groups[group])
@@ -93,35 +83,23 @@ def score(
     order = sorted(groups, key=longest, reverse=True)
     for chosen in _rounds(order, costs, _FORWARDS_PER_ROUND * options.tokens_per_batch * size):
         cost = sum(costs[group] for group in chosen)
-
-        def report(part: int, whole: int, cost: int = cost, before: int = done) -> None:
-            if on_progress:
-                on_progress((before + cost * part / whole) / total)
-
         mine = [index for group in chosen[rank::size] for index in groups[group]]
-        values: list[LogLikelihood] = []
+        own: dict[int, LogLikelihood] = {}
         error = None
         try:
-            values = _loglikelihoods(model, [requests[i] for i in mine], options, greedy, report)
+            for part in loglikelihoods_of(model, [requests[i] for i in mine], options, greedy=greedy):
+                own |= {mine[number]: result for number, result in part.results.items()}
+                yield Finished({}, (done + cost * part.share) / total)
         except ValueError as fault:  # other replicas must not wait for this one
             error = str(fault)
-        new = _gather(model, dict(zip(mine, values, strict=True)) if error is None else error)
-        found |= new
         done += cost
-        if on_round:
-            on_round(new)
-    if on_progress:
-        on_progress(1.0)
-    return [found[index] for index in range(len(requests))]
+        yield Finished(_gather(model, own if error is None else error), done / total)
 
 
-def _loglikelihoods(
-    model: TextModel,
-    requests: Sequence[Request],
-    options: LikelihoodOptions,
-    greedy: bool,
-    on_progress: Callable[[int, int], None],
-) -> list[LogLikelihood]:
+def loglikelihoods_of(
+    model: TextModel, requests: Sequence[Request], options: LikelihoodOptions, *, greedy: bool = False
+) -> Iterator[Finished[LogLikelihood]]:
+    """Log-likelihoods of all requests on this replica; arguments and errors are those of ``score``."""
     if model.kind.causal:
         return exact_loglikelihoods(
             model.own_tokens(),
@@ -129,16 +107,9 @@ def _loglikelihoods(
             vocabulary=model.vocabulary,
             tokens_per_batch=options.tokens_per_batch,
             device=model.device,
-            on_progress=on_progress,
         )
     return loglikelihoods(
-        model.own_tokens(),
-        requests,
-        options,
-        vocabulary=model.vocabulary,
-        device=model.device,
-        greedy=greedy,
-        on_progress=on_progress,
+        model.own_tokens(), requests, options, vocabulary=model.vocabulary, device=model.device, greedy=greedy
     )
 
 

@@ -8,7 +8,7 @@ autoregressive model the figure is the exact negative log-likelihood of the same
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,14 +18,15 @@ import numpy as np
 from megatron_dlm.data.token_file import TokenFile
 from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.errors import ConfigError, DataError
-from megatron_dlm.evaluation.likelihood import LogLikelihood, Request, exact_loglikelihoods, loglikelihoods, rolling
+from megatron_dlm.evaluation.likelihood import LogLikelihood
 from megatron_dlm.evaluation.likelihood_masks import TOKENS_PER_BATCH, LikelihoodOptions
+from megatron_dlm.evaluation.progress import Finished
+from megatron_dlm.evaluation.rolling import total, windows_of
+from megatron_dlm.evaluation.scoring import loglikelihoods_of
 from megatron_dlm.generation.text_model import TextModel
 from megatron_dlm.preparation.documents import Document, find_inputs, read_documents
 from megatron_dlm.preparation.selection import utf8
 from megatron_dlm.shipped.sampler_plan import Vocabulary
-
-Progress = Callable[[int, int], None]
 
 WINDOW_MASKS = 16
 """Masks of a window by default: a text has many."""
@@ -93,9 +94,10 @@ def text_nelbo(
     seed: int = 0,
     limit_tokens: int | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
-    on_progress: Progress | None = None,
-) -> TextNelbo:
-    """The NELBO of ``model`` on a text; every rank of the model's layout must call it with the same arguments.
+) -> Iterator[Finished[TextNelbo]]:
+    """The NELBO of ``model`` on a text, which comes last, as number 0.
+
+    Every rank of the model's layout must call it with the same arguments.
 
     Every window is a text of its own, all of its tokens noised together, by ``masks`` masks of exactly k tokens with
     k spread evenly over the window (see ``loglikelihoods``). The masks are a function of (seed, index of the window,
@@ -107,7 +109,6 @@ def text_nelbo(
         seed: 64 bits.
         limit_tokens: take only the first ones of the text; None: all.
         tokens_per_batch: of one forward; but at least one window.
-        on_progress: called with the windows that are done, and all.
 
     Raises:
         ConfigError: an argument is out of range, or the model gives NaN; one line.
@@ -117,37 +118,18 @@ def text_nelbo(
         options = LikelihoodOptions(masks=masks, seed=seed, tokens_per_batch=tokens_per_batch)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    denoise = model.own_tokens()
-    windows = read_windows(source, model.tokenizer, model.max_length, limit_tokens=limit_tokens)
-    check_ids(windows.tokens, source, model.vocabulary)
-    scored: list[LogLikelihood] = []
-
-    def score(requests: list[Request]) -> list[LogLikelihood]:
-        if model.kind.causal:
-            scored[:] = exact_loglikelihoods(
-                denoise,
-                requests,
-                vocabulary=model.vocabulary,
-                tokens_per_batch=tokens_per_batch,
-                device=model.device,
-                on_progress=on_progress,
-            )
-        else:
-            scored[:] = loglikelihoods(
-                denoise,
-                requests,
-                options,
-                vocabulary=model.vocabulary,
-                device=model.device,
-                on_progress=on_progress,
-            )
-        return scored
-
+    text = read_windows(source, model.tokenizer, model.max_length, limit_tokens=limit_tokens)
+    check_ids(text.tokens, source, model.vocabulary)
+    (windows,) = windows_of([text.tokens], max_length=text.length)
+    found: dict[int, LogLikelihood] = {}
     try:
-        (total,) = rolling(score, [windows.tokens], max_length=windows.length)
+        for part in loglikelihoods_of(model, windows, options):
+            found |= part.results
+            yield Finished({}, part.share)
     except ValueError as error:
         raise ConfigError(f"{source}: {error}") from None
-    return _summarize(windows, scored, total, masks=0 if model.kind.causal else masks)
+    scored = [found[index] for index in range(len(windows))]
+    yield Finished({0: _summarize(text, scored, masks=0 if model.kind.causal else masks)}, 1.0)
 
 
 def read_windows(source: str, tokenizer: Tokenizer, length: int, *, limit_tokens: int | None = None) -> TextWindows:
@@ -228,11 +210,11 @@ def _tokenize(
     return TextWindows(np.concatenate(parts), length, size)
 
 
-def _summarize(windows: TextWindows, scored: list[LogLikelihood], total: LogLikelihood, *, masks: int) -> TextNelbo:
-    tokens = len(windows.tokens)
-    nats = -total.value / tokens
+def _summarize(windows: TextWindows, scored: list[LogLikelihood], *, masks: int) -> TextNelbo:
+    tokens, whole = len(windows.tokens), total(scored)
+    nats = -whole.value / tokens
     ci95 = _half_width(np.array([-window.value for window in scored]), windows.lengths)
-    interval = total.interval95()
+    interval = whole.interval95()
     bits = tokens / windows.bytes / math.log(2)
     with np.errstate(over="ignore"):  # a model that gives a token no chance, or nearly none
         perplexity, spread = float(np.exp(nats)), float(np.sinh(ci95))

@@ -19,9 +19,11 @@ from megatron_dlm.evaluation.likelihood import (
     LogLikelihood,
     Request,
     loglikelihoods,
-    masked_loglikelihood,
-    rolling,
 )
+from megatron_dlm.evaluation.likelihood_masks import Plan
+from megatron_dlm.evaluation.likelihood_rows import RowScorer, Unit
+from megatron_dlm.evaluation.progress import collect
+from megatron_dlm.evaluation.rolling import totals, windows_of
 from megatron_dlm.shipped.sampler import sample
 from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 from tests.enumeration import MASK_ID, TinyPredictor
@@ -88,7 +90,7 @@ def score(
     model: Any, requests: list[Request], greedy: bool = False, mask: int = MASK, **options
 ) -> list[LogLikelihood]:
     settings = LikelihoodOptions(**options)
-    return loglikelihoods(model, requests, settings, vocabulary=Vocabulary(mask), greedy=greedy)
+    return collect(loglikelihoods(model, requests, settings, vocabulary=Vocabulary(mask), greedy=greedy))
 
 
 def repeats(model: Any, context: list[int], target: list[int], count: int = 200, **options) -> list[LogLikelihood]:
@@ -158,6 +160,15 @@ def test_the_chain_rule_is_another_quantity() -> None:
     assert abs(result.value - model.bound(PAIR, ANSWER)) > 0.05
 
 
+def by_mask(model: Any, masks: Tensor, guidance: float = 0.0, tokens_per_batch: int = 16384) -> Tensor:
+    """What each mask ([n, target] bool) says of log p(ANSWER | PAIR): -L'/k times the sum of its k cross-entropies."""
+    scorer = RowScorer(model, tokens_per_batch=tokens_per_batch, device="cpu", vocabulary=IDS, guidance=guidance)
+    chosen = masks.numpy()
+    shown = Plan(chosen, chosen, len(ANSWER) / chosen.sum(1)[None], exact=False)
+    (unit,) = scorer.finish([Unit([0], PAIR, np.array([ANSWER]), shown, MASK)])
+    return torch.from_numpy(-unit.sums[0] * shown.coefficients[0])
+
+
 def llada_masks(size: int, count: int) -> Tensor:
     """[count, size] bool, as their evaluation draws them: counts rounded from evenly spaced numbers, then shuffled."""
     generator = torch.Generator().manual_seed(3)
@@ -183,15 +194,14 @@ def test_equals_llada_on_the_same_masks(guidance: float) -> None:
     ratio = (masks.sum(1) / size)[:, None].expand_as(clean)
     published = -float((F.cross_entropy(logits[hidden], clean[hidden], reduction="none") / ratio[hidden]).sum() / 16)
 
-    options: dict = {"vocabulary": IDS, "guidance": guidance}
-    found = masked_loglikelihood(model, PAIR, ANSWER, masks, **options)
+    found = by_mask(model, masks, guidance)
     assert float(found.mean()) == pytest.approx(published, rel=1e-6)  # their ratios are fp32
-    assert torch.allclose(found, masked_loglikelihood(model, PAIR, ANSWER, masks, tokens_per_batch=20, **options))
+    assert torch.allclose(found, by_mask(model, masks, guidance, tokens_per_batch=20))
     # Ours is the weighted mean of the same over its own masks.
     (enumerated,) = score(model, [Request(PAIR, ANSWER, 0)], guidance=guidance)
     all_masks = torch.tensor(list(itertools.product([False, True], repeat=size))[1:])
     weights = torch.tensor([1 / (size * math.comb(size, int(k))) for k in all_masks.sum(1)], dtype=torch.float64)
-    expected = (weights * masked_loglikelihood(model, PAIR, ANSWER, all_masks, **options)).sum()
+    expected = (weights * by_mask(model, all_masks, guidance)).sum()
     assert enumerated.value == pytest.approx(float(expected), rel=1e-12)
 
 
@@ -206,7 +216,7 @@ def test_is_the_training_loss_with_the_column_of_the_mask() -> None:
     rows = mask[0].nonzero().flatten() + 2
     logits = model(torch.cat(noised, dim=1), None, rows)
     loss, _, _ = cross_entropy(logits, torch.tensor(ANSWER)[mask[0]], torch.full((3,), 6 / 3))
-    found = masked_loglikelihood(model, PAIR, ANSWER, mask, vocabulary=IDS)
+    found = by_mask(model, mask)
     assert float(found) == pytest.approx(-float(loss), rel=1e-12)
     logits[:, MASK] = float("-inf")
     assert float(found) < 2 * float(logits.log_softmax(1)[range(3), torch.tensor(ANSWER)[mask[0]]].sum()) - 1
@@ -266,22 +276,25 @@ def test_greedy_is_what_the_sampler_writes() -> None:
         rows = sample(model, [prompt], options, vocabulary=vocabulary).tokens
         written = rows[0][2:]
         wrong = [*written[:3], (written[3] + 1) % MASK, *written[4:]]
-        results = loglikelihoods(
-            model,
-            [Request(PAIR, written, 0), Request(PAIR, wrong, 0), Request([9], written, 1)],
-            LikelihoodOptions(guidance=guidance, masks=2),
-            vocabulary=vocabulary,
-            greedy=True,
-        )
+        requests = [Request(PAIR, written, 0), Request(PAIR, wrong, 0), Request([9], written, 1)]
+        options = LikelihoodOptions(guidance=guidance, masks=2)
+        results = collect(loglikelihoods(model, requests, options, vocabulary=vocabulary, greedy=True))
         assert [result.is_greedy for result in results] == [True, False, False]
     assert score(model, [Request(PAIR, written, 0)])[0].is_greedy is None
+
+
+def rolling(
+    model: Any, texts: list[list[int]], max_length: int, groups: list[int] | None = None, **options
+) -> list[LogLikelihood]:
+    windows = windows_of(texts, max_length=max_length, groups=groups)
+    return totals(windows, score(model, [window for text in windows for window in text], **options))
 
 
 def test_rolling_is_the_sum_over_windows() -> None:
     model = Bidirectional()
     texts = [list(range(10)), [], [4, 3, 2, 1], list(range(9, 1, -1))]
     settings: dict = {"masks": 16, "seed": 5}
-    found = rolling(lambda requests: score(model, requests, **settings), texts, max_length=8)
+    found = rolling(model, texts, 8, **settings)
     assert found[1] == LogLikelihood(0.0, 0.0, None)
     (head,), (tail,) = (
         score(model, [Request([], part, i)], **settings) for i, part in ((0, texts[0][:8]), (1, [8, 9]))
@@ -291,17 +304,12 @@ def test_rolling_is_the_sum_over_windows() -> None:
     assert (found[0].standard_error, found[0].degrees_of_freedom) == (pytest.approx(head.standard_error), 7)
     assert found[2].standard_error == 0 and found[2].value == pytest.approx(model.bound([], texts[2]))
     # A text's noise goes with its name, not with the texts beside it.
-    (again,) = rolling(lambda requests: score(model, requests, **settings), texts[3:], max_length=8, groups=[3])
+    (again,) = rolling(model, texts[3:], 8, groups=[3], **settings)
     assert again == pytest.approx(found[3])
 
 
 def test_intervals_of_sums_of_windows() -> None:
-    text = ANSWER * 3
-
-    def windows(requests: list[Request]) -> list[LogLikelihood]:
-        return score(Bidirectional(), requests, masks=16)
-
-    results = rolling(windows, [text] * 200, max_length=6)
+    results = rolling(Bidirectional(), [ANSWER * 3] * 200, 6, masks=16)
     exact = 3 * score(Bidirectional(), [Request([], ANSWER, 0)])[0].value
     covered = [low <= exact <= high for low, high in (result.interval95() for result in results)]
     assert 180 <= sum(covered) <= 198 and {result.degrees_of_freedom for result in results} <= set(range(7, 22))
@@ -313,13 +321,13 @@ def test_intervals_of_students_t() -> None:
         assert (low + high, high - low) == pytest.approx((-2.0, quantile), rel=4e-4)
 
 
-def test_one_sample_has_no_error() -> None:
+def test_one_mask_has_no_error() -> None:
     requests = [Request([1] * (9 - i), [2], i) for i in range(9)]
     found = values(score(Bidirectional(), requests, masks=1, estimator="one_over_t"))
-    assert (found == 0).any() and (found < 0).any()  # not every sample masks a token
+    assert (found == 0).any() and (found < 0).any()  # not every draw masks a token
     (result,) = score(Bidirectional(), [Request(PAIR, ANSWER, 0)], masks=1)
     assert result.standard_error is None and result.interval95() is None and result.value < 0
-    (total,) = rolling(lambda requests: score(Bidirectional(), requests, masks=1), [ANSWER * 2], max_length=8)
+    (total,) = rolling(Bidirectional(), [ANSWER * 2], 8, masks=1)
     assert total.standard_error is None and total.value < 0
 
 
@@ -335,22 +343,17 @@ def test_tokens_that_the_model_rules_out() -> None:
         assert results[1].value == -math.inf and results[1].standard_error is None
 
 
-def test_progress() -> None:
-    seen: list[tuple[int, int]] = []
+def test_results_come_as_they_are_found() -> None:
     requests = [Request(PAIR, ANSWER[: 1 + i % 3], i) for i in range(7)]
     options = LikelihoodOptions(tokens_per_batch=30)
-    for greedy, total in ((False, 7), (True, 14)):
-        seen.clear()
-        loglikelihoods(
-            Bidirectional(),
-            requests,
-            options,
-            vocabulary=IDS,
-            greedy=greedy,
-            on_progress=lambda *report: seen.append(report),
-        )
-        done = [report[0] for report in seen]
-        assert done == sorted(set(done)) and seen[-1] == (total, total) and len(seen) > 2
+    for greedy in (False, True):
+        parts = list(loglikelihoods(Bidirectional(), requests, options, vocabulary=IDS, greedy=greedy))
+        shares = [part.share for part in parts]
+        assert shares == sorted(set(shares)) and shares[-1] == 1 and len(shares) > 2
+        assert sorted(index for part in parts for index in part.results) == list(range(7)), "each once"
+        first = next(part for part in parts if part.results)
+        assert (first.share > 0.5) is greedy, "what greedy decoding writes comes last"
+        assert collect(parts) == score(Bidirectional(), requests, greedy, tokens_per_batch=30)
 
 
 @pytest.mark.parametrize(
@@ -392,9 +395,6 @@ def test_other_mistakes_are_refused() -> None:
 
     with pytest.raises(ValueError, match="the model gives NaN"):
         score(broken, [Request([1], [2], 0)])
-    for masks in (torch.zeros(1, 6, dtype=torch.bool), torch.ones(1, 5, dtype=torch.bool), torch.ones(6) > 0):
-        with pytest.raises(ValueError, match=r"give \[n, 6\], with at least one"):
-            masked_loglikelihood(Bidirectional(), PAIR, ANSWER, masks, vocabulary=IDS)
     for options, message in (({"max_length": 0}, "max_length is 0"), ({"max_length": 1, "groups": [-1]}, "group -1")):
         with pytest.raises(ValueError, match=message):
-            rolling(lambda requests: [], [[1]], **options)
+            windows_of([[1]], **options)

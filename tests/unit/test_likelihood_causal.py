@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dlm.evaluation.likelihood import LogLikelihood, Request, exact_loglikelihoods, rolling
-from megatron_dlm.shipped.sampler import next_token, sample
+from megatron_dlm.evaluation.likelihood import LogLikelihood, Request, exact_loglikelihoods
+from megatron_dlm.evaluation.progress import collect
+from megatron_dlm.evaluation.rolling import totals, windows_of
+from megatron_dlm.shipped.sampler import Denoise, next_token, sample
 from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
 
 VOCAB, MASK, END = 23, 22, 21
@@ -50,10 +52,16 @@ REQUESTS = [
 ]
 
 
+def exact(
+    model: Denoise, requests: list[Request], vocabulary: Vocabulary = IDS, tokens_per_batch: int = 16384
+) -> list[LogLikelihood]:
+    return collect(exact_loglikelihoods(model, requests, vocabulary=vocabulary, tokens_per_batch=tokens_per_batch))
+
+
 @pytest.mark.parametrize("tokens_per_batch", [1, 20, 16384])
 def test_equals_the_direct_sum(tokens_per_batch: int) -> None:
     model = Causal()
-    found = exact_loglikelihoods(next_token(model, END), REQUESTS, vocabulary=IDS, tokens_per_batch=tokens_per_batch)
+    found = exact(next_token(model, END), REQUESTS, tokens_per_batch=tokens_per_batch)
     for result, request in zip(found, REQUESTS, strict=True):
         assert result.value == pytest.approx(model.direct(request.context, request.target), rel=1e-12)
         assert result.standard_error == 0 and result.interval95() == (result.value, result.value)
@@ -61,7 +69,7 @@ def test_equals_the_direct_sum(tokens_per_batch: int) -> None:
 
 def test_continuations_that_differ_in_their_last_token_are_one_row() -> None:
     model = Causal()
-    found = exact_loglikelihoods(next_token(model, END), REQUESTS[:2], vocabulary=IDS)
+    found = exact(next_token(model, END), REQUESTS[:2])
     assert model.calls == [(1, 7)] and found[0].value != found[1].value
 
 
@@ -79,34 +87,31 @@ def test_is_greedy() -> None:
             [(written[0] + 1) % MASK, *written[1:]],
         ]
         requests = [Request([1, 2, 3], target, 0) for target in targets]
-        found = exact_loglikelihoods(model, requests, vocabulary=vocabulary)
+        found = exact(model, requests, vocabulary)
         assert [result.is_greedy for result in found] == [True, True, False, False]
     # What is forbidden to be written keeps its probability.
-    assert found[0].value == pytest.approx(exact_loglikelihoods(model, requests, vocabulary=IDS)[0].value)
+    assert found[0].value == pytest.approx(exact(model, requests)[0].value)
 
 
 def test_rolling_windows_begin_behind_the_first_token() -> None:
     model = Causal()
     text = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 
-    def score(requests: list[Request]) -> list[LogLikelihood]:
-        return exact_loglikelihoods(next_token(model, END), requests, vocabulary=IDS)
-
-    found = rolling(score, [text, []], max_length=4)
+    windows = windows_of([text, []], max_length=4)
+    found = totals(windows, exact(next_token(model, END), windows[0]))
     parts = [model.direct([], part) for part in (text[:4], text[4:8], text[8:])]
     assert found[0].value == pytest.approx(sum(parts), rel=1e-12) and found[0].standard_error == 0
     assert found[1] == LogLikelihood(0.0, 0.0, None) and found[0].is_greedy is False
 
 
-def test_progress_and_mistakes() -> None:
-    seen: list[tuple[int, int]] = []
+def test_results_come_as_they_are_found_and_mistakes_are_refused() -> None:
     model = next_token(Causal(), END)
-    exact_loglikelihoods(
-        model, REQUESTS, vocabulary=IDS, tokens_per_batch=1, on_progress=lambda *report: seen.append(report)
-    )
-    assert seen[-1] == (6, 6) and [report[0] for report in seen] == sorted({report[0] for report in seen})
-    assert exact_loglikelihoods(model, [], vocabulary=IDS) == []
+    parts = list(exact_loglikelihoods(model, REQUESTS, vocabulary=IDS, tokens_per_batch=1))
+    shares = [part.share for part in parts]
+    assert shares == sorted(set(shares)) and shares[-1] == 1
+    assert sorted(index for part in parts for index in part.results) == list(range(6))
+    assert exact(model, []) == []
     with pytest.raises(ValueError, match="request 0 has no target tokens"):
-        exact_loglikelihoods(model, [Request([1], [], 0)], vocabulary=IDS)
+        exact(model, [Request([1], [], 0)])
     with pytest.raises(ValueError, match="tokens_per_batch is 0"):
-        exact_loglikelihoods(model, REQUESTS, vocabulary=IDS, tokens_per_batch=0)
+        exact(model, REQUESTS, tokens_per_batch=0)

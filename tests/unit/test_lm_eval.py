@@ -26,6 +26,7 @@ from megatron_dlm.errors import (
 )
 from megatron_dlm.evaluation.lm_eval_model import MegatronDLM, run_lm_eval  # noqa: E402
 from megatron_dlm.evaluation.multiple_choice import answer, encode_task, metrics  # noqa: E402
+from megatron_dlm.evaluation.progress import collect
 from megatron_dlm.evaluation.tasks import load_task  # noqa: E402
 from megatron_dlm.generation.text_model import TextModel  # noqa: E402
 from tests.exports import make_checkpoint  # noqa: E402
@@ -118,7 +119,7 @@ def test_the_figures_are_those_of_our_own_tasks(autoregressive: bool, tasks: Pat
     found = run(model, tasks, "tiny_arc", "tiny_lambada", log_questions=True)
     for name, theirs in (("arc_easy", found["tiny_arc"]), ("lambada", found["tiny_lambada"])):
         task = load_task(name, tasks)
-        answers = answer(model, encode_task(task, BYTES, 64), LikelihoodOptions(masks=16, seed=3))
+        answers = collect(answer(model, encode_task(task, BYTES, 64), LikelihoodOptions(masks=16, seed=3)))
         ours = metrics(task.questions, answers, task.kind)
         for metric, (value, error) in ours.items():
             assert theirs["metrics"][metric] == pytest.approx(value)

@@ -23,6 +23,7 @@ from megatron_dlm.evaluation.multiple_choice import (
     encode_task,
     metrics,
 )
+from megatron_dlm.evaluation.progress import collect
 from megatron_dlm.evaluation.scoring import encode_pair, score
 from megatron_dlm.evaluation.tasks import Question, Task
 from megatron_dlm.generation.text_model import TextModel
@@ -38,7 +39,8 @@ def task(questions: list[Question], kind: Any = "options") -> Task:
 
 
 def ask(model: TextModel, questions: list[Question], kind: Any = "options", **keys: Any) -> list[Answer]:
-    return answer(model, encode_task(task(questions, kind), BYTES, model.max_length), LikelihoodOptions(**keys))
+    encoded = encode_task(task(questions, kind), BYTES, model.max_length)
+    return collect(answer(model, encoded, LikelihoodOptions(**keys)))
 
 
 def values(model: TextModel, questions: list[Question], kind: Any = "options") -> dict[str, Any]:
@@ -98,7 +100,7 @@ def test_last_words(autoregressive: bool) -> None:
     stripped = [question._replace(context="c") for question in questions]
     encoded = encode_task(task(stripped, "last_word"), BYTES, 64)
     bare = encoded._replace(requests=[[Request(r.context, r.target[1:], r.group)] for (r,) in encoded.requests])
-    found = answer(model, bare, LikelihoodOptions(masks=8))
+    found = collect(answer(model, bare, LikelihoodOptions(masks=8)))
     assert [each.greedy for each in found] == [True, False, True]
     figures = metrics(questions, found, "last_word")
     mean = sum(each.values[0] for each in found) / 3
@@ -186,16 +188,17 @@ def test_answers_are_the_likelihoods_of_the_options(autoregressive: bool, monkey
     options = LikelihoodOptions(masks=16, seed=5, tokens_per_batch=4096)
     model, one = visible(autoregressive), visible(autoregressive)
     monkeypatch.setattr(scoring, "_FORWARDS_PER_ROUND", 2)
-    rounds: list[int] = []
-    shares: list[float] = []
-    found = answer(model, encoded, options, on_answers=lambda new: rounds.append(len(new)), on_progress=shares.append)
+    parts = list(answer(model, encoded, options))
+    found, shares = collect(parts), [part.share for part in parts]
+    rounds = [len(part.results) for part in parts if part.results]
     for index, requests in enumerate(encoded.requests):
         for request, value, error in zip(requests, found[index].values, found[index].errors, strict=True):
             assert request.group == index
             if autoregressive:
-                (alone,) = exact_loglikelihoods(next_token(one.denoise, 256), [request], vocabulary=BYTES.vocabulary)
+                parts_alone = exact_loglikelihoods(next_token(one.denoise, 256), [request], vocabulary=BYTES.vocabulary)
             else:
-                (alone,) = loglikelihoods(one.denoise, [request], options, vocabulary=BYTES.vocabulary)
+                parts_alone = loglikelihoods(one.denoise, [request], options, vocabulary=BYTES.vocabulary)
+            (alone,) = collect(parts_alone)
             assert (value, error) == pytest.approx((alone.value, alone.standard_error))
             assert autoregressive or (error or 0) > 0
     assert sum(rounds) == 20 and shares == sorted(shares) and shares[-1] == 1.0
@@ -205,22 +208,22 @@ def test_answers_are_the_likelihoods_of_the_options(autoregressive: bool, monkey
         assert widths[0] == max(widths) > min(widths), "the longest first: memory that does not suffice shows at once"
         assert len(rounds) > 1 and len(shares) > len(rounds)
         assert model.denoise.forwards < one.denoise.forwards / 2  # type: ignore[attr-defined]
-        other = answer(visible(), encoded, LikelihoodOptions(masks=16, seed=6))
+        other = collect(answer(visible(), encoded, LikelihoodOptions(masks=16, seed=6)))
         assert other[0].values != found[0].values
 
 
 def test_known_answers_are_not_asked_again() -> None:
     encoded = encode_task(task(QUESTIONS), BYTES, 64)
     options = LikelihoodOptions(masks=4)
-    whole = answer(visible(), encoded, options)
-    known = {index: whole[index] for index in range(0, 20, 2)} | {3: Answer((1.0, 2.0), (None, None), None)}
-    model, new = visible(), {}
-    found = answer(model, encoded, options, known=known, on_answers=new.update)
-    assert sorted(new) == [1, 5, 7, 9, 11, 13, 15, 17, 19] and found[3].values == (1.0, 2.0)
-    assert [each.values for i, each in enumerate(found) if i != 3] == [
-        pytest.approx(each.values) for i, each in enumerate(whole) if i != 3
-    ]
-    assert answer(rigged({}), encoded, options, known=dict(enumerate(whole))) == whole
+    whole = collect(answer(visible(), encoded, options))
+    known = {*range(0, 20, 2), 3}
+    found = {}
+    for part in answer(visible(), encoded, options, known=known):
+        found |= part.results
+    assert sorted(found) == [1, 5, 7, 9, 11, 13, 15, 17, 19]
+    for index, each in found.items():
+        assert each.values == pytest.approx(whole[index].values)
+    assert list(answer(rigged({}), encoded, options, known=range(20))) == []
 
 
 def test_options_share_their_masks() -> None:
@@ -234,8 +237,8 @@ def test_options_share_their_masks() -> None:
 
 def test_nan_is_one_line() -> None:
     with pytest.raises(ValueError, match="the model gives NaN"):
-        score(rigged({"a": math.nan}), [Request([1], [2], 0)], LikelihoodOptions())
-    assert score(rigged({}), [], LikelihoodOptions()) == []
+        list(score(rigged({"a": math.nan}), [Request([1], [2], 0)], LikelihoodOptions()))
+    assert list(score(rigged({}), [], LikelihoodOptions())) == []
 
 
 def test_what_an_autoregressive_model_reads_first() -> None:
@@ -247,6 +250,6 @@ def test_what_an_autoregressive_model_reads_first() -> None:
 
     model = TextModel(denoise, BYTES, AUTOREGRESSIVE, 64, torch.device("cpu"), "")
     for each in (model, model._replace(first_token_id=7)):
-        score(each, [Request([1], [2], 0)], LikelihoodOptions())
+        collect(score(each, [Request([1], [2], 0)], LikelihoodOptions()))
         each.generate([[1]], SamplerOptions(), max_new_tokens=1)
     assert read == [256, 256, 7, 7]

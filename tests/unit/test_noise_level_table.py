@@ -21,12 +21,18 @@ from megatron_dlm.config.kinds import AUTOREGRESSIVE
 from megatron_dlm.data.tokenizer import ByteTokenizer
 from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.evaluation.noise_level_table import NoiseLevelTable, compare, noise_level_table
+from megatron_dlm.evaluation.progress import collect
 from megatron_dlm.figures.noise_levels import draw
 from megatron_dlm.generation.text_model import TextModel, open_text_model
 from tests.exports import make_checkpoint
 from tests.unit.test_text_nelbo import SEQ, VOCAB, Letters, Tiny, random_texts, tiny_model, write_documents
 
 MASK = 257
+
+
+def measured(*arguments: Any, **options: Any) -> NoiseLevelTable:
+    (table,) = collect(noise_level_table(*arguments, **options))
+    return table
 
 
 class Bytes:
@@ -70,7 +76,7 @@ def test_the_average_over_all_counts_is_the_enumerated_bound(tmp_path: Path) -> 
     source = write_documents(tmp_path / "a.jsonl", texts)
     bounds = {text: model.bound([*Letters().encode(text), 3]) / SEQ for text in set(texts)}
     levels = [k / SEQ for k in range(1, SEQ + 1)]
-    table = noise_level_table(tiny_model(model), source, levels=levels, windows=1500)
+    table = measured(tiny_model(model), source, levels=levels, windows=1500)
     assert table.windows == 1500 and table.masked.tolist() == [1, 2, 3, 4, 5]
     per_window = table.cross_entropies.mean(0)
     assert table.nelbo.value == pytest.approx(per_window.mean(), rel=1e-12)
@@ -99,7 +105,7 @@ def test_a_model_that_counts_has_the_bound_without_error(tmp_path: Path) -> None
     bound = model.bound([0, 1, 2, 0, 1]) / SEQ
     assert bound == pytest.approx(sum(math.log(3 + 2 * math.exp(k)) for k in range(1, SEQ + 1)) / SEQ, rel=1e-12)
     for levels in (5, [k / SEQ for k in range(1, SEQ + 1)]):
-        table = noise_level_table(tiny_model(model), source, levels=levels)
+        table = measured(tiny_model(model), source, levels=levels)
         assert table.masked.tolist() == [1, 2, 3, 4, 5] and table.windows == 1
         assert table.nelbo.value == pytest.approx(bound, rel=1e-12) and table.nelbo.standard_error == math.inf
 
@@ -117,8 +123,8 @@ def test_levels_stand_for_the_noise_around_them() -> None:
 
 def test_masks_are_nested_and_the_same_for_every_model(text: str) -> None:
     (first, seen), (second, others) = bytes_model(0), bytes_model(1)
-    table = noise_level_table(first, text, windows=12)
-    again = noise_level_table(second, text, windows=12, tokens_per_batch=60)
+    table = measured(first, text, windows=12)
+    again = measured(second, text, windows=12, tokens_per_batch=60)
     assert seen.seen == others.seen and table.masks == again.masks
     assert table.masked.tolist() == [1, 3, 5, 7, 9, 11, 13, 15, 17, 19]
     rows = np.array(seen.seen).reshape(12, 10, 20)
@@ -132,8 +138,8 @@ def test_masks_are_nested_and_the_same_for_every_model(text: str) -> None:
     assert len(tokens) == 950
     found = [min(start for start in range(0, 940, 20) if fits(row, tokens[start : start + 20])) for row in rows[:, 0]]
     assert found == [(2 * i + 1) * 47 // 24 * 20 for i in range(12)]
-    assert noise_level_table(first, text, windows=12, seed=1).masks != table.masks
-    assert noise_level_table(first, text, windows=100).windows == 47
+    assert measured(first, text, windows=12, seed=1).masks != table.masks
+    assert measured(first, text, windows=100).windows == 47
 
 
 def fits(row: np.ndarray, tokens: list[int]) -> bool:
@@ -142,7 +148,7 @@ def fits(row: np.ndarray, tokens: list[int]) -> bool:
 
 def test_equals_the_direct_means_whatever_the_batches(text: str) -> None:
     model, denoise = bytes_model()
-    table = noise_level_table(model, text, windows=5, levels=[0.3, 1.0])
+    table = measured(model, text, windows=5, levels=[0.3, 1.0])
     assert table.masked.tolist() == [6, 20]
     tokens = torch.tensor(list(Path(text).read_bytes()))
     rows = torch.tensor(denoise.seen)
@@ -155,7 +161,7 @@ def test_equals_the_direct_means_whatever_the_batches(text: str) -> None:
         assert table.cross_entropies[level, window] == pytest.approx(float(F.cross_entropy(logits, wanted)), rel=1e-12)
         assert table.accuracies[level, window] == float((logits.argmax(1) == wanted).double().mean())
     for tokens_per_batch in (1, 70):
-        again = noise_level_table(model, text, windows=5, levels=[1.0, 0.3, 0.3], tokens_per_batch=tokens_per_batch)
+        again = measured(model, text, windows=5, levels=[1.0, 0.3, 0.3], tokens_per_batch=tokens_per_batch)
         assert again.cross_entropies == pytest.approx(table.cross_entropies, rel=1e-12)
         assert (again.accuracies == table.accuracies).all() and again.masks == table.masks
     (low, high) = table.rows
@@ -166,10 +172,10 @@ def test_equals_the_direct_means_whatever_the_batches(text: str) -> None:
 
 def test_differences_are_of_pairs(text: str) -> None:
     model, _ = bytes_model()
-    first = noise_level_table(model, text, windows=30)
+    first = measured(model, text, windows=30)
     nearly, denoise = bytes_model()
     denoise.head = denoise.head * 0.95
-    second = noise_level_table(nearly, text, windows=30)
+    second = measured(nearly, text, windows=30)
     difference = compare(first, second)
     assert difference.nelbo.value == pytest.approx(second.nelbo.value - first.nelbo.value)
     assert difference.nelbo.standard_error < 0.3 * first.nelbo.standard_error, "common noise cancels"
@@ -180,13 +186,13 @@ def test_differences_are_of_pairs(text: str) -> None:
     assert same.nelbo == (0.0, 0.0) and not same.accuracies.any()
     for other in ({"seed": 1}, {"windows": 29}, {"levels": 9}, {"length": 19}):
         with pytest.raises(ConfigError, match="not measured on the same tokens under the same masks"):
-            compare(first, noise_level_table(model, text, **({"windows": 30} | other)))
+            compare(first, measured(model, text, **({"windows": 30} | other)))
 
 
 def test_a_text_of_less_than_one_window(tmp_path: Path) -> None:
     model, _ = bytes_model()
     (tmp_path / "short.txt").write_text("short")
-    table = noise_level_table(model, str(tmp_path / "short.txt"))
+    table = measured(model, str(tmp_path / "short.txt"))
     assert (table.length, table.windows, table.masked.tolist()) == (6, 1, [1, 2, 3, 4, 5, 6])
     content = json.loads(json.dumps(table.as_dict(), allow_nan=False))
     assert content["levels"][0]["cross_entropy_standard_error"] is None and content["levels"][5]["mask_ratio"] == 1
@@ -222,19 +228,19 @@ def test_bad_arguments_are_refused_in_one_line(text: str) -> None:
         ({"tokens_per_batch": 0}, "tokens_per_batch is 0"),
     ):
         with pytest.raises(ConfigError) as refused:
-            noise_level_table(model, text, **arguments)
+            measured(model, text, **arguments)
         assert said in str(refused.value) and "\n" not in str(refused.value)
     with pytest.raises(ConfigError, match="bytes 0 is autoregressive and has no noise levels; give a masked"):
-        noise_level_table(model._replace(kind=AUTOREGRESSIVE), text)
+        measured(model._replace(kind=AUTOREGRESSIVE), text)
     denoise.head *= math.nan
     with pytest.raises(ConfigError, match="gives NaN"):
-        noise_level_table(model, text)
+        measured(model, text)
 
 
 def test_a_figure_that_cannot_be_written_leaves_the_old_one(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = noise_level_table(bytes_model()[0], text, windows=4)
+    table = measured(bytes_model()[0], text, windows=4)
     output = tmp_path / "figure.png"
     draw([table], output)
     before = output.read_bytes()
@@ -281,7 +287,7 @@ def test_the_command_compares_two_models(
     assert set(content) == {"first", "second", "difference"} and len(content["second"]["levels"]) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.png", "t.json"]
     # A second model beside it changes nothing.
-    alone = noise_level_table(open_text_model(checkpoints["first"]), text, windows=6, levels=[0.2, 0.9], length=32)
+    alone = measured(open_text_model(checkpoints["first"]), text, windows=6, levels=[0.2, 0.9], length=32)
     assert content["first"]["nelbo"] == alone.nelbo.value
     assert content["difference"]["nelbo"] == pytest.approx(content["second"]["nelbo"] - content["first"]["nelbo"])
     assert f"{alone.rows[1].cross_entropy.value:.3f} +- " in printed

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_dlm.config.kinds import KINDS, MASKED_DIFFUSION
 from megatron_dlm.data.tokenizer import ByteTokenizer, Tokenizer
 from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.evaluation.progress import collect
 from megatron_dlm.evaluation.text_nelbo import TextNelbo, read_windows, text_nelbo
 from megatron_dlm.generation.denoiser import Denoiser
 from megatron_dlm.generation.text_model import TextModel, open_text_model
@@ -31,6 +32,11 @@ from tests.runs import tiny_config
 
 SEQ, VOCAB = 5, 5
 REPEATS = 160
+
+
+def nelbo(*arguments: Any, **options: Any) -> TextNelbo:
+    (found,) = collect(text_nelbo(*arguments, **options))
+    return found
 
 
 class Letters(Tokenizer):
@@ -107,7 +113,7 @@ def test_equals_the_enumerated_bound(tmp_path: Path) -> None:
     ids = [0, 1, 2, 0, 3, 2, 2, 1, 0, 1, 0, 2, 1, 1, 2, 0, 1, 3, 1, 3]
     windows = [ids[:5], ids[5:10], ids[10:15], ids[15:]]
     totals = [Tiny().bound(window) for window in windows]
-    found = text_nelbo(tiny_model(), source, masks=31)
+    found = nelbo(tiny_model(), source, masks=31)
     assert found.nats_per_token == pytest.approx(sum(totals) / 20, rel=1e-12)
     assert (found.tokens, found.bytes, found.windows, found.masks_ci95) == (20, 17, 4, 0.0)
     assert found.bits_per_byte == pytest.approx(sum(totals) / math.log(2) / 17, rel=1e-12)
@@ -125,7 +131,7 @@ def test_a_shorter_window_counts_less(tmp_path: Path) -> None:
     windows = read_windows(source, Letters(), SEQ)
     assert windows.lengths.tolist() == [5, 5, 5, 1]
     totals = np.array([Tiny().bound(windows.tokens[at : at + 5].tolist()) for at in (0, 5, 10, 15)])
-    found = text_nelbo(tiny_model(), source, masks=31)
+    found = nelbo(tiny_model(), source, masks=31)
     ratio = totals.sum() / 16
     residuals = totals - ratio * windows.lengths
     assert found.nats_per_token == pytest.approx(ratio, rel=1e-12)
@@ -138,7 +144,7 @@ def test_intervals_of_other_text_hold_what_they_say(tmp_path: Path, bounds: dict
     covered = []
     for repeat in range(REPEATS):
         source = write_documents(tmp_path / "a.jsonl", random_texts(repeat, 16))
-        found = text_nelbo(model, source, masks=8, seed=repeat)
+        found = nelbo(model, source, masks=8, seed=repeat)
         covered.append(abs(found.nats_per_token - truth) <= found.nats_per_token_ci95)
     assert 0.90 <= np.mean(covered) <= 0.99
 
@@ -147,7 +153,7 @@ def test_intervals_of_the_masks_hold_what_they_say(tmp_path: Path, bounds: dict[
     """Over seeds on one text, whose own bound is inside 95 times in 100."""
     texts, model = random_texts(3, 12), tiny_model()
     source, truth = write_documents(tmp_path / "a.jsonl", texts), sum(map(bounds.__getitem__, texts)) / 12 / SEQ
-    found = [text_nelbo(model, source, masks=16, seed=seed) for seed in range(REPEATS)]
+    found = [nelbo(model, source, masks=16, seed=seed) for seed in range(REPEATS)]
     errors = np.array([result.nats_per_token - truth for result in found])
     assert 0.90 <= np.mean(np.abs(errors) <= [result.masks_ci95 for result in found]) <= 0.99
     assert abs(errors.mean()) < 3 * errors.std(ddof=1) / math.sqrt(REPEATS)
@@ -156,17 +162,17 @@ def test_intervals_of_the_masks_hold_what_they_say(tmp_path: Path, bounds: dict[
 def test_masks_depend_on_seed_and_window_alone(tmp_path: Path) -> None:
     texts, model = random_texts(1, 9), tiny_model()
     source = write_documents(tmp_path / "a.jsonl", texts)
-    whole = text_nelbo(model, source, masks=4)
+    whole = nelbo(model, source, masks=4)
     for tokens_per_batch in (1, 5, 35):
-        again = text_nelbo(model, source, masks=4, tokens_per_batch=tokens_per_batch)
+        again = nelbo(model, source, masks=4, tokens_per_batch=tokens_per_batch)
         assert again == pytest.approx(whole, rel=1e-12)
-    assert text_nelbo(model, source, masks=4, seed=1).nats_per_token != whole.nats_per_token
+    assert nelbo(model, source, masks=4, seed=1).nats_per_token != whole.nats_per_token
     # The first four windows have the same masks whatever follows them.
-    alone = text_nelbo(model, source, masks=4, limit_tokens=20)
+    alone = nelbo(model, source, masks=4, limit_tokens=20)
     other = write_documents(tmp_path / "b.jsonl", texts[:4])
-    assert alone == pytest.approx(text_nelbo(model, other, masks=4), rel=1e-12)
+    assert alone == pytest.approx(nelbo(model, other, masks=4), rel=1e-12)
     swapped = write_documents(tmp_path / "c.jsonl", [texts[0], texts[2], texts[1], texts[3]])
-    assert text_nelbo(model, swapped, masks=4).nats_per_token != pytest.approx(alone.nats_per_token, rel=1e-9)
+    assert nelbo(model, swapped, masks=4).nats_per_token != pytest.approx(alone.nats_per_token, rel=1e-9)
 
 
 @pytest.fixture
@@ -190,7 +196,7 @@ def trained(tiny_data: Path) -> Any:
 
 def test_agrees_with_the_trainer(tiny_data: Path, trained: Any) -> None:
     model, theirs = trained("masked_diffusion")
-    ours = text_nelbo(model, str(tiny_data / "valid"), masks=4, limit_tokens=32 * theirs.sequences)
+    ours = nelbo(model, str(tiny_data / "valid"), masks=4, limit_tokens=32 * theirs.sequences)
     assert ours.windows == theirs.sequences > 200
     difference = abs(ours.nats_per_token - theirs.nelbo)
     assert difference < math.hypot(ours.nats_per_token_ci95, theirs.ci95)
@@ -199,10 +205,10 @@ def test_agrees_with_the_trainer(tiny_data: Path, trained: Any) -> None:
 
 def test_autoregressive_models_have_the_trainer_s_figure(tiny_data: Path, trained: Any) -> None:
     model, theirs = trained("autoregressive")
-    ours = text_nelbo(model, str(tiny_data / "valid"), limit_tokens=32 * theirs.sequences)
+    ours = nelbo(model, str(tiny_data / "valid"), limit_tokens=32 * theirs.sequences)
     assert ours.nats_per_token == pytest.approx(theirs.nelbo, rel=1e-6)
     assert (ours.masks, ours.masks_ci95, ours.windows) == (0, 0.0, theirs.sequences)
-    longer = text_nelbo(model, str(tiny_data / "valid"))
+    longer = nelbo(model, str(tiny_data / "valid"))
     assert longer.windows == ours.windows + 1 and 0 < longer.tokens - ours.tokens < 32
 
 
@@ -212,7 +218,7 @@ def test_an_export_has_the_figure_of_its_checkpoint(tiny_data: Path, tmp_path: P
         export(run, tmp_path / f"{objective}-export")
         models = [open_text_model(str(path)) for path in (run, tmp_path / f"{objective}-export")]
         document = str(next((tiny_data / "chapters").glob("*.txt")))
-        ours, theirs = (text_nelbo(model, document, masks=2, limit_tokens=300) for model in models)
+        ours, theirs = (nelbo(model, document, masks=2, limit_tokens=300) for model in models)
         assert ours.nats_per_token == pytest.approx(theirs.nats_per_token, rel=1e-5)
         assert ours.windows == 5 and ours.tokens == 300
 
@@ -237,12 +243,12 @@ def test_every_source_has_the_same_tokens(tmp_path: Path) -> None:
 
 
 def test_progress_and_what_is_not_known(tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
     source = write_documents(tmp_path / "a.jsonl", random_texts(0, 3))
-    several = text_nelbo(tiny_model(), source, masks=1, on_progress=lambda *step: seen.append(step))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    *shares, (result, last) = text_nelbo(tiny_model(), source, masks=1)
+    assert [part.share for part in shares] == [1 / 3, 2 / 3, 1] and last == 1 and not any(p.results for p in shares)
+    several = result[0]
     assert several.masks_ci95 == math.inf and several.nats_per_token_ci95 < math.inf
-    one = text_nelbo(tiny_model(), source, masks=8, limit_tokens=5)
+    one = nelbo(tiny_model(), source, masks=8, limit_tokens=5)
     assert one.nats_per_token_ci95 == one.perplexity_ci95 == math.inf and one.masks_ci95 < math.inf
     content = json.loads(json.dumps(one.as_dict(), allow_nan=False))
     assert content["nats_per_token_ci95"] is None and content["nats_per_token"] == one.nats_per_token
@@ -253,9 +259,9 @@ def test_a_token_without_a_chance_makes_it_infinite(tmp_path: Path) -> None:
     model = Tiny()
     model.logits[..., 2] = -math.inf
     source = write_documents(tmp_path / "a.jsonl", ["abab", "cccc"])
-    found = text_nelbo(tiny_model(model), source, masks=8)
+    found = nelbo(tiny_model(model), source, masks=8)
     assert found.nats_per_token == found.perplexity == found.nats_per_token_ci95 == math.inf
-    assert text_nelbo(tiny_model(model), source, masks=8, limit_tokens=5).nats_per_token < math.inf
+    assert nelbo(tiny_model(model), source, masks=8, limit_tokens=5).nats_per_token < math.inf
 
 
 def test_bad_sources_are_refused_in_one_line(tiny_data: Path, tmp_path: Path) -> None:
@@ -284,12 +290,12 @@ def test_bad_sources_are_refused_in_one_line(tiny_data: Path, tmp_path: Path) ->
         (tiny_data / "valid.json", f"is a part of a prepared text: give {tiny_data / 'valid'}"),
     ):
         with pytest.raises(DataError) as refused:
-            text_nelbo(model, str(source))
+            nelbo(model, str(source))
         assert said in str(refused.value) and "\n" not in str(refused.value)
     with pytest.raises(
         DataError, match="was prepared with another tokenizer .* prepare it again with letters, or give"
     ):
-        text_nelbo(tiny_model(), str(tiny_data / "valid"))
+        nelbo(tiny_model(), str(tiny_data / "valid"))
 
 
 def test_bad_arguments_and_models_are_refused_in_one_line(tmp_path: Path) -> None:
@@ -304,5 +310,5 @@ def test_bad_arguments_and_models_are_refused_in_one_line(tmp_path: Path) -> Non
         (tiny_model(broken), {}, "gives NaN"),
     ):
         with pytest.raises(ConfigError) as refused:
-            text_nelbo(model, source, **arguments)
+            nelbo(model, source, **arguments)
         assert said in str(refused.value) and "\n" not in str(refused.value)
