@@ -27,7 +27,15 @@ setup(
         "hf": ["transformers>=5.0", "tokenizers>=0.22", "safetensors>=0.5", "datasets>=4.0", "pyarrow>=18.0"],
         "eval": ["lm-eval>=0.4.9"],
         "log": ["tensorboard>=2.18", "matplotlib>=3.9"],
-        "dev": ["pytest>=8.0", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "setuptools>=68", "triton>=3.6"],
+        "dev": [
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "types-PyYAML",
+            "setuptools>=68",
+            "triton>=3.6",
+        ],
     },
     entry_points={"console_scripts": ["megatron-dlm = megatron_dlm.cli:main"]},
 )
