@@ -30,6 +30,7 @@ setup(
         "dev": [
             "pytest>=8.0",
             "hypothesis>=6.100",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "mypy>=1.14",
             "types-PyYAML",

@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+pytest_plugins = ["tests.limits"]
+
 FORKING = {"test_launch.py"}
 """Tests outside of tests/distributed that fork workers."""
 

@@ -23,30 +23,26 @@ def start_ranks(
     function: Callable[..., Any], world_size: int, folder: Path, *args: Any
 ) -> list[multiprocessing.process.BaseProcess]:
     """Start ``function(*args)`` on every rank; rank 0's result is left in ``folder``, and errors are too."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=_run, args=(function, rank, world_size, port, folder, args))
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
+    # Rank 0 inherits the listening socket: a port that is merely free now may be taken until it binds it.
+    with socket.create_server(("127.0.0.1", 0), backlog=world_size) as meeting:
+        ranks = [
+            context.Process(target=_run, args=(function, rank, world_size, meeting, folder, args))
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
     return ranks
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *args: Any, timeout: float = 240.0) -> Any:
-    """Call ``function(*args)`` on every rank. Raises with the first failing rank's traceback, or on a time-out."""
+def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *args: Any) -> Any:
+    """Call ``function(*args)`` on every rank. Raises with the first failing rank's traceback."""
     ranks = start_ranks(function, world_size, folder, *args)
-    deadline = time.monotonic() + timeout
     try:
         while any(process.is_alive() for process in ranks):
             failed = next((i for i, process in enumerate(ranks) if process.exitcode not in (None, 0)), None)
             if failed is not None:
                 raise RuntimeError(_failure(folder, failed, ranks[failed].exitcode))
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"ranks still running after {timeout} s")
             time.sleep(0.02)
     finally:
         for process in ranks:
@@ -63,12 +59,17 @@ def _failure(folder: Path, rank: int, code: int | None) -> str:
     return f"rank {rank} ended with {code}:\n{report.read_text() if report.exists() else ''}"
 
 
-def _run(function: Callable[..., Any], rank: int, world_size: int, port: int, folder: Path, args: tuple) -> None:
+def _run(
+    function: Callable[..., Any], rank: int, world_size: int, meeting: socket.socket, folder: Path, args: tuple
+) -> None:
+    port = meeting.getsockname()[1]
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo")
+        server = {"is_master": True, "master_listen_fd": meeting.detach()} if rank == 0 else {}
+        store = dist.TCPStore("127.0.0.1", port, world_size, wait_for_workers=False, **server)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         result = function(*args)
         if rank == 0:
             (folder / "result.pickle").write_bytes(pickle.dumps(result))

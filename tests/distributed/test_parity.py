@@ -102,7 +102,7 @@ def traces(
         ]
         folder = tmp_path_factory.mktemp(f"world{world}")
         if here:
-            traced = run_ranks(run_cases, world, folder, configs, STEPS, timeout=60.0 * len(here))
+            traced = run_ranks(run_cases, world, folder, configs, STEPS)
             results |= {name(case): trace for case, trace in zip(here, traced, strict=True)}
     return results
 
