@@ -50,7 +50,7 @@ def model_table(checkpoint: str, text: str, length: int) -> np.ndarray:
         tokens[:-length],
         tokens[-length:],
         torch.from_numpy(masks),
-        mask_token_id=model.tokenizer.mask_token_id,
+        vocabulary=model.vocabulary,
         device=model.device,
     )
     return np.concatenate([[0.0], -values.numpy() * masks.mean(1)])
@@ -62,36 +62,36 @@ def bound(table: np.ndarray, length: int) -> float:
     return -sum(value / (k * math.comb(length, k)) for k, value in zip(counts, table[1:].tolist(), strict=True))
 
 
-def planned(table: np.ndarray, length: int, estimator: str, samples: int, repeat: int) -> float:
+def planned(table: np.ndarray, length: int, estimator: str, masks: int, repeat: int) -> float:
     """One estimate by the masks that ``megatron-dlm evaluate`` draws."""
-    options = LikelihoodOptions(estimator=estimator, samples=samples, enumerate_short=False)  # type: ignore[arg-type]
+    options = LikelihoodOptions(estimator=estimator, masks=masks, enumerate_short=False)  # type: ignore[arg-type]
     drawn = plan(options, repeat, length)
     return -float((drawn.coefficients @ table[drawn.masks @ 2 ** np.arange(length)]).mean())
 
 
-def rounded_counts(length: int, samples: int, start: int) -> np.ndarray:
-    """[samples] counts as LLaDA's evaluation code has them: evenly spaced from ``start``, rounded, wrapped to 1..L."""
-    spaced = np.linspace(start, start + (samples - 1) * length / samples, samples)
+def rounded_counts(length: int, masks: int, start: int) -> np.ndarray:
+    """[masks] counts as LLaDA's evaluation code has them: evenly spaced from ``start``, rounded, wrapped to 1..L."""
+    spaced = np.linspace(start, start + (masks - 1) * length / masks, masks)
     return (np.rint(spaced).astype(int) - 1) % length + 1
 
 
-def rounded(table: np.ndarray, length: int, samples: int, generator: np.random.Generator) -> float:
+def rounded(table: np.ndarray, length: int, masks: int, generator: np.random.Generator) -> float:
     """One estimate by those counts."""
-    counts = rounded_counts(length, samples, int(generator.integers(1, length + 1)))
-    order = generator.random((samples, length)).argsort(axis=1)
-    masks = order < counts[:, None]
-    return -float((length / counts * table[masks @ 2 ** np.arange(length)]).mean())
+    counts = rounded_counts(length, masks, int(generator.integers(1, length + 1)))
+    order = generator.random((masks, length)).argsort(axis=1)
+    hidden = order < counts[:, None]
+    return -float((length / counts * table[hidden @ 2 ** np.arange(length)]).mean())
 
 
-def study(table: np.ndarray, length: int, samples: int, repeats: int) -> None:
+def study(table: np.ndarray, length: int, masks: int, repeats: int) -> None:
     """Print a line for each estimator."""
     truth, generator = bound(table, length), np.random.default_rng(0)
     drawn = {
-        BASELINE: [planned(table, length, "exact_count", samples, i) for i in range(repeats)],
-        "exact count, LLaDA's rounding": [rounded(table, length, samples, generator) for _ in range(repeats)],
-        "1/t (SMDM, Dream)": [planned(table, length, "one_over_t", samples, i) for i in range(repeats)],
+        BASELINE: [planned(table, length, "exact_count", masks, i) for i in range(repeats)],
+        "exact count, LLaDA's rounding": [rounded(table, length, masks, generator) for _ in range(repeats)],
+        "1/t (SMDM, Dream)": [planned(table, length, "one_over_t", masks, i) for i in range(repeats)],
     }
-    print(f"{length} tokens, {samples} masks, bound {truth:.4f} nats")
+    print(f"{length} tokens, {masks} masks, bound {truth:.4f} nats")
     for name, values in drawn.items():
         std, error = np.std(values, ddof=1), np.std(values, ddof=1) / math.sqrt(repeats)
         ratio = std / np.std(drawn[BASELINE], ddof=1)
