@@ -21,13 +21,14 @@ setup(
         "jsonargparse[signatures]>=4.49",
         "sentencepiece>=0.2.0",
         "tqdm>=4.66",
+        "rich>=14.0",
     ],
     extras_require={
         "gpu": ["triton>=3.6", "transformer-engine[pytorch]>=2.0"],
         "hf": ["transformers>=5.0", "tokenizers>=0.22", "safetensors>=0.5", "datasets>=4.0", "pyarrow>=18.0"],
         "eval": ["lm-eval>=0.4.9"],
         "log": ["tensorboard>=2.18", "matplotlib>=3.9"],
-        "dev": ["pytest>=8.0", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "setuptools>=68", "triton>=3.6"],
+        "dev": ["pytest>=8.0", "pyte>=0.8", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "setuptools>=68", "triton>=3.6"],
     },
     entry_points={"console_scripts": ["megatron-dlm = megatron_dlm.cli:main"]},
 )
