@@ -21,6 +21,7 @@ setup(
         "jsonargparse[signatures]>=4.49",
         "sentencepiece>=0.2.0",
         "tqdm>=4.66",
+        "rich>=14.0",
     ],
     extras_require={
         "gpu": ["triton>=3.6", "transformer-engine[pytorch]>=2.0"],

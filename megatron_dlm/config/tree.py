@@ -1,7 +1,7 @@
 """The one typed configuration tree: every key a run can have, its meaning, unit and default.
 
 The text below each field is the help that `megatron-dlm train --help` prints. Files are read and written by
-`config_loading`, contradictions between keys are found by `config_validation`.
+`load`, contradictions between keys are found by `check`.
 """
 
 from __future__ import annotations

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 import time
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import accumulate
 from types import TracebackType
-from typing import NamedTuple, TextIO
+from typing import TextIO
+
+from rich.cells import chop_cells
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
 
 from megatron_dlm.generation.trace import CONTROL_SYMBOL, Speller, end_of_row, visible
 from megatron_dlm.shipped.sampler import Step
@@ -18,17 +20,9 @@ from megatron_dlm.shipped.sampler_plan import Vocabulary
 _FRAME_SECONDS = 0.05
 _SHARE = 0.1  # of the time, at most, goes into drawing
 _TAB = 4
-# Select graphic rendition: what is shown how.
-_PLAIN, _DIM, _FRESH, _FRESH_WITHOUT_COLOUR = "", "2", "1;32", "1"
-_HIDE_CURSOR, _SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
-# A character that the terminal takes for wider than we do is cut off, and does not move the lines below it.
-_WRAP_OFF, _WRAP_ON = "\x1b[?7l", "\x1b[?7h"
-_CLEAR_LINE, _CLEAR_BELOW = "\x1b[K", "\x1b[J"
-
-
-class _Styled(NamedTuple):
-    text: str
-    style: str
+_MASK = "\u2591"
+# What is shown how; the colour goes where NO_COLOR is set.
+_PLAIN, _DIM, _FRESH = "", "dim", "bold green"
 
 
 class LiveView:
@@ -59,23 +53,25 @@ class LiveView:
     ) -> None:
         self._decode = decode
         self._speller = Speller(decode, vocabulary.mask_token_id)
-        self._mask_token_id = vocabulary.mask_token_id
-        self._end_of_document_id = vocabulary.end_of_document_id
+        self._vocabulary = vocabulary
         self._stream = stream
         self._row = row
         self._text_at_end = text_at_end
         self._clock = clock
         self._is_terminal = stream.isatty()
-        self._draws = self._is_terminal and os.environ.get("TERM") != "dumb"
-        self._fresh_style = _FRESH_WITHOUT_COLOUR if os.environ.get("NO_COLOR") else _FRESH
-        self._mask = "\u2591" if self._can_write("\u2591") else "_"
-        self._control = CONTROL_SYMBOL if self._can_write(CONTROL_SYMBOL) else "."
+        # What the environment says of the terminal's abilities counts, but the stream alone says whether there is one.
+        console = Console(file=stream, force_terminal=True, force_interactive=True, force_jupyter=False)
+        self._draws = self._is_terminal and not console.is_dumb_terminal
+        # Frames come with the steps and not from a thread; nothing else is printed while the model works.
+        self._live = Live(
+            console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
+        )
+        self._mask = _MASK if self._writable(_MASK) == _MASK else "_"
+        self._control = CONTROL_SYMBOL if self._writable(CONTROL_SYMBOL) == CONTROL_SYMBOL else "."
         self._ids: list[int] = []
         self._given: list[bool] = []
         self._fresh: list[bool] = []
-        self._drawn: list[int] = []  # columns of each line of the frame that is on the screen
         self._next_frame = -float("inf")
-        self._touched = False  # the terminal is not as it was
         self._closed = False
 
     def __enter__(self) -> LiveView:
@@ -88,14 +84,15 @@ class LiveView:
             self.close()
         else:
             self._closed = True
-            self._write(self._erase())
+            self._live.stop()
 
     def __call__(self, step: Step) -> None:
         length = step.lengths[self._row]
         self._ids = step.tokens[self._row, :length].tolist()
         revealed = step.revealed[self._row, :length].tolist()
         if step.number == 0 or not self._given:
-            self._given = [i != self._mask_token_id and not new for i, new in zip(self._ids, revealed, strict=True)]
+            mask = self._vocabulary.mask_token_id
+            self._given = [i != mask and not new for i, new in zip(self._ids, revealed, strict=True)]
             self._fresh = [False] * length
         # A frame shows what is new since the one before it, whether or not there was one for every step.
         self._fresh = [old or new for old, new in zip(self._fresh, revealed, strict=True)]
@@ -115,107 +112,64 @@ class LiveView:
         try:
             text = self._text() if self._text_at_end else ""
         finally:
-            self._write(self._erase() + text)
+            self._live.stop()
+            self._stream.write(self._writable(text))
+            self._stream.flush()
 
     def _text(self) -> str:
-        text = self._decode(self._ids[: end_of_row(self._ids, self._given, self._end_of_document_id)])
+        text = self._decode(self._ids[: end_of_row(self._ids, self._given, self._vocabulary.end_of_document_id)])
         text += "\n" if self._ids and not text.endswith("\n") else ""
         return visible(text, keep="\n\t") if self._is_terminal else text
 
     def _draw(self, number: int) -> None:
-        width, height = self._size()
-        columns = max(width - 1, 1)  # the last column is left free: terminals differ in what a full line does
-        rows = max(height - 1, 1)  # so many lines never make the screen scroll once they are there
-        lines = _wrap(self._parts(), columns)
-        done = sum(i != self._mask_token_id for i in self._ids) - sum(self._given)
+        written = sum(i != self._vocabulary.mask_token_id for i in self._ids) - sum(self._given)
         wanted = len(self._ids) - sum(self._given)
-        status = f"step {number} | {done} of {wanted} tokens"[:columns]
-        frame = [*lines[max(len(lines) - rows + 1, 0) :], [_Styled(status, _DIM)]]
-        output = [_HIDE_CURSOR, _WRAP_OFF, self._to_the_start()]
-        for i, line in enumerate(frame):
-            output += ["\r\n" if i else "", *map(_render, line), _CLEAR_LINE]
-        self._touched = True
-        self._write("".join([*output, _CLEAR_BELOW, _WRAP_ON]))
-        self._drawn = [min(sum(_columns(part.text) for part in line), columns) for line in frame]
+        frame = _Frame(self._styled(), Text(f"step {number} | {written} of {wanted} tokens", _DIM))
+        self._live.start()  # once; the cursor hides
+        self._live.update(frame, refresh=True)
 
-    def _parts(self) -> list[_Styled]:
+    def _styled(self) -> Text:
         """The row's text with the style of each part of it."""
-        parts: list[_Styled] = []
+        text = Text()
         position = 0
         for spelled in self._speller(self._ids):
             here = slice(position, position + spelled.size)
             position += spelled.size
-            style = self._fresh_style if any(self._fresh[here]) else _PLAIN
-            if self._ids[here.start] == self._mask_token_id:
-                parts.append(_Styled(self._mask, _DIM))
+            style = _FRESH if any(self._fresh[here]) else _PLAIN
+            if self._ids[here.start] == self._vocabulary.mask_token_id:
+                text.append(self._mask, _DIM)
             elif spelled.control:
-                parts.append(_Styled(self._control, style or _DIM))
+                text.append(self._control, style or _DIM)
             else:
-                parts.append(_Styled(visible(spelled.text, keep="\n\t"), style))
-        return parts
+                # rich would let escape sequences through, so that a text could command the terminal.
+                text.append(self._writable(visible(spelled.text, keep="\n\t")), style)
+        return text
 
-    def _to_the_start(self) -> str:
-        """Move to the first line of the frame; a terminal that has become narrower has wrapped its lines."""
-        width = max(self._size().columns, 1)
-        above = sum(max(-(-columns // width), 1) for columns in self._drawn) - 1
-        return f"\r\x1b[{above}A" if above > 0 else "\r"
-
-    def _size(self) -> os.terminal_size:
-        """Of the stream's own terminal where the standard output is another; COLUMNS and LINES come first."""
-        fallback = (80, 24)
-        with contextlib.suppress(OSError, ValueError):
-            fallback = os.get_terminal_size(self._stream.fileno())
-        return shutil.get_terminal_size(fallback)
-
-    def _erase(self) -> str:
-        if not self._touched:
-            return ""
-        start, self._drawn = self._to_the_start(), []
-        self._touched = False
-        return f"{start}{_CLEAR_BELOW}{_WRAP_ON}{_SHOW_CURSOR}"
-
-    def _can_write(self, text: str) -> bool:
-        try:
-            text.encode(self._stream.encoding or "utf-8")
-        except UnicodeEncodeError:
-            return False
-        return True
-
-    def _write(self, text: str) -> None:
+    def _writable(self, text: str) -> str:
+        """The text with question marks for what the stream's encoding has not."""
         encoding = self._stream.encoding or "utf-8"
-        self._stream.write(text.encode(encoding, "replace").decode(encoding))
-        self._stream.flush()
+        return text.encode(encoding, "replace").decode(encoding)
 
 
-def _wrap(parts: Sequence[_Styled], columns: int) -> list[list[_Styled]]:
-    """Lines of at most so many columns."""
-    lines: list[list[_Styled]] = [[]]
-    column = 0
-    for text, style in parts:
-        for character in text:
-            shown = " " * (_TAB - column % _TAB) if character == "\t" else character
-            if character != "\n" and column + _columns(shown) > columns:
-                lines.append([])
-                column = 0
-            if character == "\n":
-                lines.append([])
-                column = 0
-                continue
-            column += _columns(shown)
-            line = lines[-1]
-            if line and line[-1].style == style:
-                line[-1] = _Styled(line[-1].text + shown, style)
-            else:
-                line.append(_Styled(shown, style))
+class _Frame:
+    """The last lines of a text and one of status below; together one less than the screen has, so it never scrolls."""
+
+    def __init__(self, text: Text, status: Text) -> None:
+        self.text, self.status = text, status
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width, height = options.size
+        lines = [*_wrapped(self.text, width), self.status]
+        for line in lines[max(len(lines) - height + 1, 0) :]:
+            line.truncate(width)
+            yield line
+
+
+def _wrapped(text: Text, width: int) -> list[Text]:
+    """Lines of at most so many columns, broken anywhere: at words, they would jump while masks become words."""
+    lines: list[Text] = []
+    for line in text.split("\n", allow_blank=True):
+        line.expand_tabs(_TAB)
+        ends = list(accumulate(map(len, chop_cells(line.plain, width))))
+        lines += line.divide(ends[:-1])
     return lines
-
-
-def _render(part: _Styled) -> str:
-    return f"\x1b[{part.style}m{part.text}\x1b[0m" if part.style else part.text
-
-
-def _columns(text: str) -> int:
-    """Columns that a terminal takes for a text without control characters."""
-    return sum(
-        0 if unicodedata.category(c) in ("Mn", "Me") else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text
-    )
