@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_dlm.checkpoint.manifest import record
 from megatron_dlm.errors import DataError
-from megatron_dlm.packages import optional_module
+from megatron_dlm.preparation.records import read_json_lines, read_parquet
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
@@ -87,7 +85,7 @@ def read_rows(paths: Sequence[Path], layout: str) -> Iterator[Row]:
         DataError: a file cannot be read as what its name says it is; one line.
     """
     for path in paths:
-        rows = _read_parquet(path) if path.suffix == ".parquet" else _read_json_lines(path)
+        rows = read_parquet(path) if path.suffix == ".parquet" else read_json_lines(path)
         for value, origin in rows:
             if not isinstance(value, dict):
                 raise DataError(f"{origin}: {_show(value)} is no row; each must be a mapping with {layout}")
@@ -136,42 +134,6 @@ def digests(paths: Sequence[Path]) -> list[dict[str, str]]:
 def _is_of_split(file: Path, split: str) -> bool:
     known = file.name.endswith(SUFFIXES) and file.is_file()
     return known and re.match(rf"{split}([-_.]|$)", file.name) is not None
-
-
-def _read_json_lines(path: Path) -> Iterator[tuple[Any, str]]:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                origin = f"{path} line {number}"
-                try:
-                    text = line.decode()
-                    if text.strip():
-                        yield json.loads(text), origin
-                except UnicodeDecodeError as error:
-                    place = f"{origin} is not UTF-8 at its byte {error.start}"
-                    raise DataError(f"{place}; save the file as UTF-8") from None
-                except (ValueError, RecursionError):
-                    raise DataError(f"{origin} is not JSON; give one JSON object in every line") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        raise DataError(f"{path} is damaged; copy it again") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; check the path") from None
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
-    parquet = optional_module("pyarrow.parquet", f"the file {path}")
-    try:
-        with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, f"{path} row {number}"
-    except DataError:
-        raise
-    except Exception as error:  # pyarrow's errors have no common base
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{path} is no readable parquet file ({reason}); copy it again") from None
 
 
 def _show(value: Any) -> str:

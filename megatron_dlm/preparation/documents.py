@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_dlm.errors import DataError
 from megatron_dlm.packages import optional_module
+from megatron_dlm.preparation.records import parquet_columns, read_json_lines, read_lines, read_parquet, read_text
 
 # Tests, vendored packages and what a build writes: not the library's own source.
 _EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -41,7 +40,7 @@ def embedded_documents(parts: Collection[str] = EMBEDDED_PARTS) -> Iterator[Docu
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")) if "source" in parts else []
     for name in names:
         if _EXCLUDED_FOLDERS.isdisjoint(name.split("/")) and not name.startswith(_EXCLUDED_FILES):
-            text = _read_text(root / name)
+            text = read_text(root / name)
             if text:
                 yield Document(text, str(root / name))
     for topic, text in sorted(topics.topics.items()) if "reference" in parts else []:
@@ -93,7 +92,7 @@ def read_documents(
         elif split_on_blank_lines:
             yield from _read_blocks(path)
         else:
-            yield Document(_read_text(path), str(path))
+            yield Document(read_text(path), str(path))
 
 
 def _hidden(path: Path) -> bool:
@@ -104,63 +103,22 @@ def _is_dataset_folder(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and text of each line, line ends kept."""
-    start = 0
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                yield number, _decode(line, path, start)
-                start += len(line)
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is damaged ({error}): copy it again") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with _open(path) as file:
-            return _decode(file.read(), path, 0)
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is damaged ({error}): copy it again") from error
-
-
-def _decode(content: bytes, path: Path, start: int) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 at byte {start + error.start} (0x{content[error.start]:02x}): "
-            "convert it to UTF-8, or leave the file out"
-        ) from error
-
-
 def _read_blocks(path: Path) -> Iterator[Document]:
     block: list[str] = []
-    first = 1
-    for number, line in _lines(path):
+    first = ""
+    for line, origin in read_lines(path):
         if line.strip():
-            first = first if block else number
+            first = first if block else origin
             block.append(line)
         elif block:
-            yield Document("".join(block), f"{path} line {first}")
+            yield Document("".join(block), first)
             block = []
     if block:
-        yield Document("".join(block), f"{path} line {first}")
+        yield Document("".join(block), first)
 
 
 def _read_json_lines(path: Path, text_key: str) -> Iterator[Document]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        origin = f"{path} line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{origin} is not JSON ({error}): write one object on each line") from error
+    for record, origin in read_json_lines(path):
         if not isinstance(record, dict):
             raise DataError(f"{origin} is not a JSON object: write one object on each line")
         if text_key not in record:
@@ -169,19 +127,10 @@ def _read_json_lines(path: Path, text_key: str) -> Iterator[Document]:
 
 
 def _read_parquet(path: Path, text_key: str) -> Iterator[Document]:
-    pyarrow = optional_module("pyarrow", f"reading {path}")
-    parquet = optional_module("pyarrow.parquet", f"reading {path}")
-    try:
-        with parquet.ParquetFile(path) as file:
-            if text_key not in file.schema_arrow.names:
-                raise DataError(f"{path} has no column {text_key!r}: {_name_key(file.schema_arrow.names)}")
-            row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    yield _document(text, f"{path} row {row}", text_key)
-                    row += 1
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a readable parquet file ({_first_line(error)}): write it again") from error
+    if text_key not in (columns := parquet_columns(path)):
+        raise DataError(f"{path} has no column {text_key!r}: {_name_key(columns)}")
+    for row, origin in read_parquet(path, [text_key]):
+        yield _document(row[text_key], origin, text_key)
 
 
 def _read_dataset_folder(path: Path, text_key: str) -> Iterator[Document]:
@@ -195,7 +144,7 @@ def _read_dataset_folder(path: Path, text_key: str) -> Iterator[Document]:
         raise DataError(f"{path} is not a readable dataset folder ({_first_line(error)}): save it again") from error
     if text_key not in dataset.column_names:
         raise DataError(f"{path} has no column {text_key!r}: {_name_key(dataset.column_names)}")
-    for row, record in enumerate(dataset.select_columns([text_key])):
+    for row, record in enumerate(dataset.select_columns([text_key]), 1):
         yield _document(record[text_key], f"{path} row {row}", text_key)
 
 

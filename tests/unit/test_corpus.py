@@ -118,6 +118,11 @@ def write_invalid_utf8_lines(folder: Path) -> Path:
     return path
 
 
+def write_bytes(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
 def write_lines(*lines: str) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
         path = folder / "a.jsonl"
@@ -165,15 +170,18 @@ def write_dataset_without_column(folder: Path) -> Path:
     ("write", "message"),
     [
         (write_invalid_utf8, r"a\.txt is not UTF-8 at byte 6 \(0xe9\)"),
-        (write_invalid_utf8_lines, r"a\.jsonl is not UTF-8 at byte 28 \(0xe9\)"),
+        (write_invalid_utf8_lines, r"a\.jsonl line 2 is not UTF-8 at byte 11 \(0xe9\)"),
         (write_lines('{"text": "a"}', "{oops"), r"a\.jsonl line 2 is not JSON"),
         (write_lines('["text"]'), "line 1 is not a JSON object"),
         (write_lines('{"body": "a", "id": 1}'), r"line 1 has no 'text': .*--text-key \(there are: body, id\)"),
         (write_lines('{"text": null}'), "line 1: 'text' holds NoneType, not text"),
         (write_parquet_without_column, "has no column 'text': .*there are: body"),
-        (write_parquet_of_numbers, "row 0: 'text' holds int"),
-        (write_broken_parquet, "not a readable parquet file"),
-        (write_truncated_gzip, "is damaged"),
+        (write_parquet_of_numbers, "row 1: 'text' holds int"),
+        (write_broken_parquet, "no readable parquet file"),
+        (write_truncated_gzip, "is damaged; copy it again"),
+        (write_lines("[" * 100_000), "line 1 is not JSON"),
+        (lambda folder: write_bytes(folder / "a.txt.gz", b"no gzip"), "is damaged; copy it again"),
+        (lambda folder: write_bytes(folder / "a.jsonl.gz", gzip.compress(b'{"text": 1}')[:12]), "is damaged"),
         (write_dataset_of_splits, r"holds several splits \(train\): give one, such as .*splits/train"),
         (write_dataset_without_column, "has no column 'text'"),
         (lambda folder: folder / "absent", "absent does not exist"),
