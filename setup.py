@@ -31,6 +31,7 @@ setup(
         "dev": [
             "pytest>=8.0",
             "hypothesis>=6.100",
+            "pyte>=0.8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",
             "mypy>=1.14",
