@@ -123,6 +123,7 @@ class _PieceReader(dcp.DefaultLoadPlanner):
         return LoadPlan([item for key, pieces in by_key.items() for item in self._items(key, pieces)])
 
     def _items(self, key: str, pieces: Sequence[Piece]) -> list[ReadItem]:
+        assert self.metadata is not None, "the reader has set it up"
         stored = self.metadata.state_dict_metadata.get(key)
         if not isinstance(stored, TensorStorageMetadata):
             raise ValueError(f"it has no tensor {key}")

@@ -48,13 +48,13 @@ class TensorWriter(dcp.FileSystemWriter):
 
     def __init__(self, directory: Path, common: dict[str, Any]) -> None:
         super().__init__(directory, single_file_per_rank=True, sync_files=True)
-        self.fs = _HashingFileSystem()
+        self.fs = self._hashing = _HashingFileSystem()
         self._common = common
 
     @property
     def records(self) -> dict[str, FileRecord]:
         """Of the large files that this rank has written, by name."""
-        return self.fs.records
+        return self._hashing.records
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """As torch's, but no empty files."""

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -108,7 +108,7 @@ def write_weights(
     with writer.fs.create_stream(directory / _FILE, "wb") as stream:
         for item in plan.items:
             start, key = stream.tell(), item.index.fqn
-            torch.save(_bare(read(key), tensors[key]), stream)
+            torch.save(_bare(read(key), tensors[key]), cast(IO[bytes], stream))
             length = stream.tell() - start
             results.append(WriteResult(item.index, length, _StorageInfo(_FILE, start, length)))
         stream.flush()

@@ -159,12 +159,17 @@ def _sample(
         if first and not args.no_live and sys.stdout.isatty():
             view = LiveView(tokenizer.decode, model.vocabulary, sys.stdout, text_at_end=False)
             views.append(stack.enter_context(view))
+
+        def show(step: Step) -> None:
+            for view in views:
+                view(step)
+
         started = time.perf_counter()
         samples = model.generate(
             prompts,
             options,
             max_new_tokens=_new_tokens(args),
-            on_step=(lambda step: [view(step) for view in views]) if views else None,
+            on_step=show if views else None,
         )
         seconds = time.perf_counter() - started
     if not first:

@@ -72,7 +72,8 @@ def build_parser() -> jsonargparse.ArgumentParser:
 
 def _options(argv: Sequence[str]) -> list[tuple[str, str]]:
     """(name, text) of `--name text` and `--name=text`, in order."""
-    found, words = [], iter(argv)
+    found: list[tuple[str, str]] = []
+    words = iter(argv)
     for word in words:
         if not word.startswith("--"):
             hint = f"; name the configuration with --config {word}" if not found else ""
@@ -108,8 +109,8 @@ def _set(tree: dict[str, Any], name: str, text: str) -> None:
             inner = tree[section] = {}
         tree = inner
     if name.endswith("+"):
-        before = tree.get(key) if isinstance(tree.get(key), list) else []
-        value = [*before, *(value if isinstance(value, list) else [value])]
+        before = tree.get(key)
+        value = [*(before if isinstance(before, list) else []), *(value if isinstance(value, list) else [value])]
     tree[key] = value
 
 

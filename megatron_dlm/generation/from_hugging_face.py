@@ -31,15 +31,17 @@ def load_model(path: str) -> Any:
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"cannot read {path}/config.json: {error}; export the model again") from None
     if model_type == "megatron_dlm":
-        from megatron_dlm.shipped.modeling_dlm import DLMForMaskedDiffusion as Model
+        from megatron_dlm.shipped.modeling_dlm import DLMForMaskedDiffusion
+
+        kind: Any = DLMForMaskedDiffusion
     elif model_type in _AUTOREGRESSIVE:
-        Model = transformers.AutoModelForCausalLM
+        kind = transformers.AutoModelForCausalLM
     else:
         known = ", ".join(("megatron_dlm", *_AUTOREGRESSIVE))
         raise ConfigError(f"{path} has model_type {model_type!r}; only {known} can be sampled here")
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, report = Model.from_pretrained(path, dtype="auto", output_loading_info=True)
+        model, report = kind.from_pretrained(path, dtype="auto", output_loading_info=True, use_safetensors=True)
     except Exception as error:  # a wrong value in config.json or a damaged file raises nearly anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(f"cannot load {path}: {reason}; export the model again") from None

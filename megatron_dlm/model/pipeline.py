@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from megatron.core.distributed import DistributedDataParallel
@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_dlm.diffusion.objective import Batch
 from megatron_dlm.model.transformer import DiffusionTransformer, TokenLosses
 
-Chunk = DistributedDataParallel | DiffusionTransformer
+Chunk: TypeAlias = "DistributedDataParallel | DiffusionTransformer"
 
 
 class MicroBatch(NamedTuple):

@@ -130,8 +130,9 @@ class DiffusionTransformer(LanguageModule):
             ``batch``, or the logits of this rank's columns: [n, padded_vocab/TP], or of all positions
             [seq, batch, padded_vocab/TP].
         """
+        # Without an embedding the block takes what `set_input_tensor` was given.
         hidden = self.embedding(tokens, None) if self.pre_process else None
-        length = (hidden if self.pre_process else self.decoder.input_tensor).shape[0]
+        length = (self.decoder.input_tensor if hidden is None else hidden).shape[0]
         if self.config.sequence_parallel:
             length *= self.config.tensor_model_parallel_size
         hidden = self.decoder(hidden, attention_mask=lengths, rotary_pos_emb=self.rotary_pos_emb(length))

@@ -102,7 +102,7 @@ def _replace_cuda_namespace(generator: torch.Generator) -> None:
     for name, function in replacements.items():
         setattr(torch.cuda, name, function)
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = nothing
-    torch.cuda.megatron_dlm_generator = generator
+    torch.cuda.megatron_dlm_generator = generator  # type: ignore[attr-defined]
 
 
 def _replace_tensor_functions(generator: torch.Generator) -> None:
@@ -111,8 +111,8 @@ def _replace_tensor_functions(generator: torch.Generator) -> None:
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.to = _on_cpu(torch.Tensor.to)
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.Tensor.to = _on_cpu(torch.Tensor.to)  # type: ignore[method-assign]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     type_of = torch.Tensor.type
 
     def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +121,7 @@ def _replace_tensor_functions(generator: torch.Generator) -> None:
             return type_of(self, *args, **kwargs)
         return "torch.cuda." + type_of(self).rsplit(".", 1)[1]
 
-    torch.Tensor.type = cuda_type
+    torch.Tensor.type = cuda_type  # type: ignore[assignment, method-assign]
 
     def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
         """``F.dropout`` that draws from the device stream."""

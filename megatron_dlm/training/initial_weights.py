@@ -70,7 +70,7 @@ def _pairs(stored: StoredCheckpoint, config: Config, tokenizer: Tokenizer) -> li
     pairs = []
     for item in fields(ModelConfig):
         if item.name not in _FREE:
-            value = _RESOLVED.get(item.name, lambda model, name=item.name: getattr(model, name))  # type: ignore[misc]
+            value = _RESOLVED.get(item.name, lambda model, name=item.name: getattr(model, name))
             pairs.append((f"model.{item.name}", value(stored.config.model), value(config.model)))
     pairs.append(("the vocabulary of data.tokenizer", stored.info["vocab_size"], tokenizer.vocab_size))
     fingerprint = stored.info["tokenizer_fingerprint"]
