@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_dlm.config.tree import ModelConfig
 from megatron_dlm.errors import ConfigError
+from megatron_dlm.flops import PublishedConvention
 from megatron_dlm.shipped.sampler_plan import DEFAULT_BLOCK_LENGTH
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inference(args: argparse.Namespace) -> int:
-    from megatron_dlm.costs.inference import inference_costs, published_convention
+    from megatron_dlm.costs.inference import inference_costs
     from megatron_dlm.figures.inference_costs import check_output, draw
 
     for name, least in (("vocab_size", 1), ("prompt_tokens", 0)):
@@ -76,7 +77,7 @@ def _inference(args: argparse.Namespace) -> int:
     if args.output:
         check_output(args.output)
     model, vocab_size, columns = _read_model(args.config, args.vocab_size)
-    weights = published_convention(model, vocab_size).parameters
+    weights = PublishedConvention.of(model, vocab_size).parameters
     costs = inference_costs(model, vocab_size, head_columns=columns, prompt_tokens=args.prompt_tokens)
     shape = f"{model.num_layers} layers x {model.hidden_size}"
     if args.output:

@@ -14,18 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_dlm.config.tree import ModelConfig
-from megatron_dlm.costs.inference import (
-    LENGTHS,
-    PublishedConvention,
-    Row,
-    autoregressive_flops,
-    forward_flops,
-    inference_costs,
-    published_convention,
-    sampler_flops,
-)
+from megatron_dlm.costs.inference import LENGTHS, Row, inference_costs, sampler_flops
 from megatron_dlm.data.tokenizer import ByteTokenizer
-from megatron_dlm.flops import parameter_count
+from megatron_dlm.flops import PublishedConvention, autoregressive_flops, forward_flops, parameter_count
 from megatron_dlm.generation.denoiser import Denoiser
 from megatron_dlm.model.transformer import build_model
 from megatron_dlm.parallel.topology import initialize
@@ -57,7 +48,7 @@ def small_denoiser(**model: Any) -> tuple[Denoiser, ModelConfig, int]:
 
 
 def test_published_ratios() -> None:
-    published = PublishedConvention(parameters=1_092_000_000, layers=26, width=1792)
+    published = PublishedConvention(parameters=1_092_000_000, attention_width=26 * 1792)
     ratios = [published.ratio(tokens) for tokens in LENGTHS]
     assert [round(ratio, 1) for ratio in ratios[:4]] == [16.0, 64.2, 258.8, 1066.8] and round(ratios[4]) == 4705
     by_hand = 2 * 1.092e9 * 64**2 + 4 * 26 * 1792 * 64**3
@@ -69,15 +60,15 @@ def test_published_ratios_of_the_study_s_1b_model() -> None:
     costs = inference_costs(PAPER_1B, 50257)
     ratios = costs.published[1].ratio
     assert (round(ratios[0], 1), round(ratios[4])) == (16.0, 4708)
-    weights = published_convention(PAPER_1B, 50257).parameters
+    weights = PublishedConvention.of(PAPER_1B, 50257).parameters
     norms = 26 * 2 * 1792 + 1792
     assert weights == parameter_count(PAPER_1B, 50257) - norms
     untied = replace(PAPER_1B, tie_embeddings=False)
-    assert weights == published_convention(untied, 50257).parameters, "an embedding costs nothing"
+    assert weights == PublishedConvention.of(untied, 50257).parameters, "an embedding costs nothing"
 
 
 def test_fewer_steps_and_growing_blocks_cost_what_their_forwards_do() -> None:
-    published = PublishedConvention(parameters=1000, layers=2, width=8)
+    published = PublishedConvention(parameters=1000, attention_width=2 * 8)
 
     def forward(tokens: int) -> int:
         return 2 * 1000 * tokens + 4 * 2 * 8 * tokens**2
@@ -213,7 +204,7 @@ def test_autoregressive_without_a_cache_costs_what_torch_counts() -> None:
 
 def test_ours_and_the_published_convention_meet() -> None:
     """Without a prompt AR is the same; in L steps a DLM has the head on L (L + 1) / 2 rows, not on L * L."""
-    published = published_convention(PAPER_1B, 50257)
+    published = PublishedConvention.of(PAPER_1B, 50257)
     head = 2 * PAPER_1B.hidden_size * 50257
     for tokens in LENGTHS[:4]:
         ours = autoregressive_flops(PAPER_1B, 50257, prompt_tokens=0, new_tokens=tokens)
@@ -227,7 +218,7 @@ def test_ours_and_the_published_convention_meet() -> None:
 def test_a_text_that_grows_is_sampled_block_by_block() -> None:
     """The published convention's growing text is what repeated calls of our sampler cost, but for the head."""
     grown = sum(sampler_flops(PAPER_1B, 0, [Row(length, 32)], steps=8) for length in (32, 64, 96))
-    assert grown == published_convention(PAPER_1B, 0).diffusion(96, steps=24, block_length=32)
+    assert grown == PublishedConvention.of(PAPER_1B, 0).diffusion(96, steps=24, block_length=32)
 
 
 def test_costs_of_a_prompt_and_their_order() -> None:
