@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+_SI = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
+
 
 def format_duration(seconds: float) -> str:
     """``5h12m``, ``3m07s`` or ``42s``."""
@@ -20,6 +22,21 @@ def format_count(value: float) -> str:
         if value >= bound:
             return f"{value / bound:#.3g}".rstrip(".") + unit
     return f"{value:.3g}"
+
+
+def format_flops(value: float) -> str:
+    """Three digits with a unit of SI, as FLOPs have them: 34.8G, 557G, 49.2P; E stands for 10**18."""
+    power = 0
+    while value >= 999.5 and power < len(_SI) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:#.3g}".rstrip(".") + _SI[power]
+
+
+def format_ratio(value: float) -> str:
+    """``16.0x``, ``0.87x``, ``4,708x``."""
+    if value >= 999.5:
+        return f"{value:,.0f}x"
+    return f"{value:.1f}x" if value >= 9.95 else f"{value:.2f}x"
 
 
 def shown(text: str) -> str:

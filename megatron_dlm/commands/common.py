@@ -1,16 +1,18 @@
-"""What commands that run a model have in common: which model, and at which layout."""
+"""What commands have in common: which model, at which layout, and what is said to whom."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_dlm import launch
-from megatron_dlm.config.tree import ParallelConfig
-from megatron_dlm.errors import ConfigError
+from megatron_dlm.config.tree import ModelConfig, ParallelConfig
+from megatron_dlm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from megatron_dlm.generation.text_model import TextModel
@@ -39,9 +41,7 @@ def layout_of(args: argparse.Namespace) -> ParallelConfig:
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
     )
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        if getattr(layout, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(layout, name)}; it must be at least 1")
+    check_at_least(args, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
     several = launch.started_by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1
     if layout.model_parallel_size > 1 and not several:
         raise ConfigError(
@@ -71,3 +71,80 @@ def opened(path: str, layout: ParallelConfig) -> Iterator[TextModel]:
             from megatron_dlm.parallel.topology import shutdown
 
             shutdown()
+
+
+class ModelShape(NamedTuple):
+    """A model and its vocabulary, without its weights."""
+
+    model: ModelConfig
+    vocab_size: int
+    head_columns: int
+    """The vocabulary, padded where the model pads it."""
+
+
+def model_shape(path: str, vocab_size: int | None) -> ModelShape:
+    """The model at ``path``, with its own vocabulary where none is given; weights are not read.
+
+    Args:
+        path: a training configuration, a run, a checkpoint, or a Hugging Face directory.
+        vocab_size: ids; None: those of the tokenizer, or of the checkpoint.
+
+    Raises:
+        ConfigError: there is no model, or its vocabulary is not known.
+        DataError: a file of it cannot be read.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        from megatron_dlm.hf.source_config import read_source_config
+
+        source = read_source_config(folder)
+        rows = vocab_size or source.rows
+        return ModelShape(source.model, rows, rows)
+    if folder.is_dir():
+        from megatron_dlm.checkpoint.stored import open_checkpoint
+
+        stored = open_checkpoint(folder)
+        model, vocab_size = stored.config.model, vocab_size or int(stored.info["vocab_size"])
+    else:
+        from megatron_dlm.config.load import load_config
+
+        config = load_config(["--config", path])
+        model, vocab_size = config.model, vocab_size or _tokenizer_size(path, config.data.tokenizer)
+    return ModelShape(model, vocab_size, model.padded_vocab_size(vocab_size))
+
+
+def _tokenizer_size(path: str, tokenizer: str) -> int:
+    from megatron_dlm.data.tokenizer import load_tokenizer
+
+    try:
+        return load_tokenizer(tokenizer).vocab_size
+    except DataError as error:
+        raise ConfigError(f"the vocabulary of {path} is not known, give --vocab-size; its tokenizer: {error}") from None
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Make a ``ConfigError`` of the library's ``ValueError``: what the options contradict, or a model cannot do."""
+    try:
+        yield
+    except (ConfigError, DataError):
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_at_least(args: argparse.Namespace, **least: int) -> None:
+    """Refuse options that are given and below these numbers. Raises ``ConfigError``."""
+    for name, number in least.items():
+        if (value := getattr(args, name)) is not None and value < number:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least {number}")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks, of those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    """Write a line to stderr, where what is no result goes, so that a pipe gets the results alone."""
+    print(line, file=sys.stderr, flush=True)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from megatron_dlm.commands.common import add_checkpoint, add_layout, layout_of, opened
+from megatron_dlm.commands.common import add_checkpoint, add_layout, is_first_rank, layout_of, opened, refusing, say
 from megatron_dlm.config.check import MAX_SEQUENCE_LENGTH
 from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.shipped.sampler_plan import DEFAULT_BLOCK_LENGTH, Remasking, SamplerOptions
 
 if TYPE_CHECKING:
     from megatron_dlm.generation.text_model import TextModel
-    from megatron_dlm.shipped.sampler import Step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,27 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the texts. Raises ConfigError or DataError, one line."""
     texts = _texts(args)
-    options = _options(args)
-    with opened(args.checkpoint, layout_of(args)) as model:
-        _run(model, texts, options, args)
+    with refusing():
+        options = SamplerOptions(**{field.name: getattr(args, field.name) for field in fields(SamplerOptions)})
+    with opened(args.checkpoint, layout_of(args)) as model, refusing():
+        _sample(model, texts, options, args)
     return 0
-
-
-def _run(model: TextModel, texts: list[str], options: SamplerOptions, args: argparse.Namespace) -> None:
-    first = os.environ.get("RANK", "0") == "0"
-    try:
-        prompts = _encode(model, texts, args)
-        if args.infill is None:
-            options = model.in_blocks(options, args.max_new_tokens)
-        if first:
-            _say(f"model    {model.name}")
-            if (longest := max(map(len, prompts)) + _new_tokens(args)) > model.max_length:
-                _say(f"note     {longest} tokens are more than the {model.max_length} of training sequences")
-        _sample(model, prompts, options, args, first)
-    except (ConfigError, DataError):
-        raise
-    except ValueError as error:  # what the model cannot do
-        raise ConfigError(str(error)) from None
 
 
 def _texts(args: argparse.Namespace) -> list[str]:
@@ -96,10 +76,9 @@ def _texts(args: argparse.Namespace) -> list[str]:
         if not 1 <= (value := getattr(args, name)) <= MAX_SEQUENCE_LENGTH:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be from 1 to {MAX_SEQUENCE_LENGTH}")
     if args.trace is not None:
-        if args.trace.suffix.lower() not in (".html", ".htm") or os.path.lexists(args.trace) > args.trace.is_file():
-            raise DataError(f"cannot write a page to {args.trace}; give --trace a file name that ends in .html")
-        if not args.trace.parent.is_dir():
-            raise DataError(f"cannot write {args.trace}: {args.trace.parent} is no directory; make it first")
+        from megatron_dlm.generation.trace_page import check_output
+
+        check_output(args.trace)
     if args.prompt_file == "-" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("only one process can read the standard input; give --prompt-file a file")
     if args.prompt_file is not None:
@@ -122,77 +101,36 @@ def _unescape(text: str) -> str:
     return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in text.split("\\\\"))
 
 
-def _options(args: argparse.Namespace) -> SamplerOptions:
-    try:
-        return SamplerOptions(**{field.name: getattr(args, field.name) for field in fields(SamplerOptions)})
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _encode(model: TextModel, texts: list[str], args: argparse.Namespace) -> list[list[int]]:
-    if args.infill is None:
-        return [model.tokenizer.encode(text) for text in texts]
-    return [model.encode_holes(text, args.infill_tokens) for text in texts]
-
-
-def _new_tokens(args: argparse.Namespace) -> int:
-    """Behind every text."""
-    return args.max_new_tokens if args.infill is None else 0
-
-
-def _sample(
-    model: TextModel, prompts: list[list[int]], options: SamplerOptions, args: argparse.Namespace, first: bool
-) -> None:
-    """Sample all prompts as one batch; show, print and trace what comes out on the first rank."""
-    from megatron_dlm.generation.live_view import LiveView
-    from megatron_dlm.generation.trace import Recorder, visible
+def _sample(model: TextModel, texts: list[str], options: SamplerOptions, args: argparse.Namespace) -> None:
+    """Sample all texts as one batch, on every rank; the first one shows, prints and traces what comes out."""
+    from megatron_dlm.generation.trace import printable
     from megatron_dlm.generation.trace_page import write
+    from megatron_dlm.generation.watching import generate_watched
 
-    tokenizer, infill = model.tokenizer, args.infill is not None
-    views: list[Callable[[Step], None]] = []
-    if infill:  # such a text goes on behind its holes
-        model = model.forbidding([tokenizer.end_of_document_id])
-    recorder = Recorder(tokenizer.decode, model.vocabulary)
-    if args.trace and first:
-        views.append(recorder)
-    with contextlib.ExitStack() as stack:
-        if first and not args.no_live and sys.stdout.isatty():
-            view = LiveView(tokenizer.decode, model.vocabulary, sys.stdout, text_at_end=False)
-            views.append(stack.enter_context(view))
-
-        def show(step: Step) -> None:
-            for view in views:
-                view(step)
-
-        started = time.perf_counter()
-        samples = model.generate(
-            prompts,
-            options,
-            max_new_tokens=_new_tokens(args),
-            on_step=show if views else None,
-        )
-        seconds = time.perf_counter() - started
+    first, new = is_first_rank(), 0 if args.infill else args.max_new_tokens
+    if args.infill:
+        prompts = [model.encode_holes(text, args.infill_tokens) for text in texts]
+        model = model.forbidding([model.tokenizer.end_of_document_id])  # such a text goes on behind its holes
+    else:
+        prompts = [model.tokenizer.encode(text) for text in texts]
+        options = model.in_blocks(options, new)
+    if first:
+        say(f"model    {model.name}")
+        if (longest := max(map(len, prompts)) + new) > model.max_length:
+            say(f"note     {longest} tokens are more than the {model.max_length} of training sequences")
+    live = sys.stdout if first and not args.no_live and sys.stdout.isatty() else None
+    record = first and args.trace is not None
+    found = generate_watched(model, prompts, options, max_new_tokens=new, live=live, record=record)
     if not first:
         return
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    for number, row in enumerate(samples.texts, 1):
+    for number, row in enumerate(found.samples.texts, 1):
         if len(prompts) > 1:
-            _say(f"--- {number} of {len(prompts)}")
-        text = tokenizer.decode(row)
-        # A file gets the text as it is, a terminal nothing that it would obey.
-        text = visible(text, keep="\n\t") if sys.stdout.isatty() else text
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    holes = sum(row.count(tokenizer.mask_token_id) for row in prompts)
-    written = holes + sum(map(len, samples.continuations))
-    rate = f"{written / seconds:.1f} tokens/s"
-    _say(f"speed    {written} tokens in {samples.forwards} forwards, {seconds:.2f} s: {rate}")
-    if args.trace:
+            say(f"--- {number} of {len(prompts)}")
+        print(printable(model.tokenizer.decode(row), sys.stdout), flush=True)
+    rate = f"{found.written / found.seconds:.1f} tokens/s"
+    say(f"speed    {found.written} tokens in {found.samples.forwards} forwards, {found.seconds:.2f} s: {rate}")
+    if found.recorder is not None:
         details = {field.name: str(value) for field in fields(options) if (value := getattr(options, field.name))}
-        details["model"] = model.name
-        write(recorder.trace("Infilling" if infill else "Sampling", details), args.trace)
-        _say(f"trace    {args.trace}")
-
-
-def _say(line: str) -> None:
-    """What is no text goes to stderr, so that a pipe gets the texts alone."""
-    print(line, file=sys.stderr, flush=True)
+        title = "Infilling" if args.infill else "Sampling"
+        write(found.recorder.trace(title, details | {"model": model.name}), args.trace)
+        say(f"trace    {args.trace}")

@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from megatron_dlm.generation.trace import CONTROL_SYMBOL, Speller, end_of_row, visible
+from megatron_dlm.generation.trace import CONTROL_SYMBOL, Speller, end_of_row, printable, visible
 from megatron_dlm.shipped.sampler import Step
 from megatron_dlm.shipped.sampler_plan import Vocabulary
 
@@ -58,10 +58,9 @@ class LiveView:
         self._row = row
         self._text_at_end = text_at_end
         self._clock = clock
-        self._is_terminal = stream.isatty()
         # What the environment says of the terminal's abilities counts, but the stream alone says whether there is one.
         console = Console(file=stream, force_terminal=True, force_interactive=True, force_jupyter=False)
-        self._draws = self._is_terminal and not console.is_dumb_terminal
+        self._draws = stream.isatty() and not console.is_dumb_terminal
         # Frames come with the steps and not from a thread; nothing else is printed while the model works.
         self._live = Live(
             console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
@@ -113,13 +112,12 @@ class LiveView:
             text = self._text() if self._text_at_end else ""
         finally:
             self._live.stop()
-            self._stream.write(self._writable(text))
+            self._stream.write(printable(text, self._stream))
             self._stream.flush()
 
     def _text(self) -> str:
         text = self._decode(self._ids[: end_of_row(self._ids, self._given, self._vocabulary.end_of_document_id)])
-        text += "\n" if self._ids and not text.endswith("\n") else ""
-        return visible(text, keep="\n\t") if self._is_terminal else text
+        return text + ("\n" if self._ids and not text.endswith("\n") else "")
 
     def _draw(self, number: int) -> None:
         written = sum(i != self._vocabulary.mask_token_id for i in self._ids) - sum(self._given)

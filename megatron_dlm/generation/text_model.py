@@ -90,6 +90,7 @@ class TextModel(NamedTuple):
             _require_left_to_right(prompts, options, self.tokenizer.mask_token_id)
             if self.generate_cached is not None:
                 return self.generate_cached(prompts, options, **common)
+            # Blocks of one mask are filled in from left to right: the sampler's way to write one token after the other.
             options = SamplerOptions(
                 block_length=1, temperature=options.temperature, top_p=options.top_p, seed=options.seed
             )
@@ -101,7 +102,7 @@ class TextModel(NamedTuple):
         Raises:
             ValueError: the text has no hole.
         """
-        parts = re.split(_HOLE, text)
+        parts = re.split(_HOLE, text)  # each is encoded alone: no token reaches across a hole
         if len(parts) == 1:
             raise ValueError("there is nothing to fill in: write ____ where tokens are missing")
         hole = [self.tokenizer.mask_token_id] * tokens_per_hole
@@ -149,6 +150,7 @@ def _open_hugging_face(path: str) -> TextModel:
 
     model = load_model(path)
     tokenizer = load_tokenizer(path)
+    # Of the models that are read here, only our own exports are masked diffusion.
     autoregressive = model.config.model_type != "megatron_dlm"
     if not autoregressive and model.config.mask_token_id != tokenizer.mask_token_id:
         raise ConfigError(

@@ -9,7 +9,7 @@ import functools
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 
@@ -206,6 +206,16 @@ def visible(text: str, keep: str = "\n\t\u200c\u200d") -> str:
         keep: characters to leave alone; zero-width joiners are part of ordinary words and emoji.
     """
     return "".join(c if c in keep or unicodedata.category(c) not in _INVISIBLE else _symbol(c) for c in text)
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """The text as ``stream`` can have it: escapes for what its encoding has not, and nothing that a terminal obeys.
+
+    A file or pipe gets control characters as they are.
+    """
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = visible(text, keep="\n\t") if stream.isatty() else text
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _symbol(character: str) -> str:

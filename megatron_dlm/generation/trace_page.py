@@ -10,6 +10,7 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -38,6 +39,18 @@ def render(trace: Trace) -> str:
         "TRACE": _json(content),
     }
     return _SLOT.sub(lambda slot: slots[slot[1]], template)
+
+
+def check_output(path: Path) -> None:
+    """Find what would keep a page from being written, before there is one.
+
+    Raises:
+        DataError: another suffix than .html or .htm, no folder to write into, or something there that is no file.
+    """
+    if path.suffix.lower() not in (".html", ".htm") or os.path.lexists(path) > path.is_file():
+        raise DataError(f"cannot write a page to {path}; give --trace a file name that ends in .html")
+    if not path.parent.is_dir():
+        raise DataError(f"cannot write {path}: {path.parent} is no directory; make it first")
 
 
 def write(trace: Trace, path: str | Path) -> None:

@@ -101,6 +101,7 @@ def sample(
     forwards = sequence_forwards = 0
     if on_step:
         on_step(state.step(0))
+    # One forward a turn: ask for the masks of every row's current block, choose a token for each, keep the surest.
     while active := state.unfinished():
         tokens, lengths, rows, counts = state.inputs(active)
         if options.guidance:
@@ -163,6 +164,7 @@ class _State:
         self.new = inside & (column >= torch.tensor(self.prompt_lengths, device=device)[:, None])
         self.masked = inside & (self.tokens == mask)
         self.given = inside & ~self.masked
+        # [batch, seq]: which block a mask is in, counted over the row's masks, whatever stands between them.
         self.block = (self.masked.cumsum(1) - 1) // min(options.block_length or width, width)
         self.plans = [plan(count, options.steps, options.block_length) for count in self.masked.sum(1).tolist()]
         self.taken = [0] * len(prompts)  # steps of every row
@@ -174,7 +176,7 @@ class _State:
 
     def unfinished(self) -> list[int]:
         """Rows with a mask, and one before the first new end-of-document."""
-        relevant = self.masked
+        relevant = self.masked  # [batch, seq]
         if self.end_of_document_id is not None:
             ended = (self.new & (self.tokens == self.end_of_document_id)).cumsum(1) > 0
             relevant = relevant & ~ended
@@ -183,8 +185,9 @@ class _State:
     def inputs(self, active: list[int]) -> tuple[Tensor, Tensor | None, Tensor, list[int]]:
         """The arguments of ``denoise`` for the masks of the rows' current blocks, and how many each row has."""
         size = self.size[active]
-        width = int(size.max())
+        width = int(size.max())  # rows that are finished may have been the longest
         block, masked = self.block[active, :width], self.masked[active, :width]
+        # The first block that still has a mask; positions without one count as behind all blocks.
         current = torch.where(masked, block, block.shape[1]).amin(1, keepdim=True)
         wanted = masked & (block == current)
         lengths = None if bool((size == width).all()) else size
@@ -195,6 +198,7 @@ class _State:
     ) -> None:
         """Keep the best candidates [n], of the positions ``rows``, of the active rows; the others stay masked."""
         width = int(self.size[active].max())
+        # Back from the list of positions to [active, width], to rank within rows; whatever was not asked for is last.
         scores = torch.full((len(active) * width,), float("-inf"), dtype=torch.float64, device=confidence.device)
         scores = scores.index_copy_(0, rows, confidence).view(len(active), width)
         order = scores.argsort(dim=1, descending=True, stable=True)
@@ -203,7 +207,8 @@ class _State:
             best = torch.arange(width, device=scores.device) < quota[:, None]
             keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, best)
         else:
-            keep = (scores > self.options.threshold).scatter_(1, order[:, :1], True)
+            keep = (scores > self.options.threshold).scatter_(1, order[:, :1], True)  # the best one in any case
+        # And to the list again, from there to the places [row, column] in the whole batch.
         keep = keep.flatten()[rows]
         where, column = torch.tensor(active, device=rows.device)[rows[keep] // width], rows[keep] % width
         self.tokens[where, column] = candidates[keep]

@@ -12,13 +12,13 @@ import matplotlib.figure
 import pytest
 
 from megatron_dlm import cli
-from megatron_dlm.commands.estimate import format_flops, format_ratio
 from megatron_dlm.config.load import load_config
 from megatron_dlm.config.tree import ModelConfig
 from megatron_dlm.costs.inference import Row, inference_costs, sampler_flops
 from megatron_dlm.costs.training import Point, compare_training, read_points
 from megatron_dlm.errors import DataError
 from megatron_dlm.figures import inference_costs as inference_figure
+from megatron_dlm.formatting import format_flops, format_ratio
 from tests.exports import MODEL, make_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -307,7 +307,7 @@ def test_a_terminal_without_blocks(make: Any) -> None:
     with view(terminal.stream) as live:
         live(step(0, "caf\u00e9_"))
         assert terminal.text[1] == "caf?_"
-    assert terminal.everything == ["$", "caf?"]
+    assert terminal.everything == ["$", "caf\\xe9"]
 
 
 def test_only_the_text_goes_to_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
