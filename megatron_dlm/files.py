@@ -1,11 +1,14 @@
-"""Files that are complete or as they were before."""
+"""Files that are complete or as they were before, and what would keep them from being written."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from megatron_dlm.errors import ConfigError, DataError
 
 
 @contextlib.contextmanager
@@ -26,6 +29,44 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all. Raises ``OSError``."""
     with written_beside(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file, flushed to the disk: whole or not at all.
+
+    Raises:
+        DataError: it cannot be written; one line.
+        ValueError: there is a number in it that is not finite, which JSON has not.
+    """
+    try:
+        with written_beside(path) as partial:
+            partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            flush(partial)
+        flush(path.parent)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}; make that possible, or choose another file") from None
+
+
+def check_file_output(path: Path, option: str, *, overwrite: bool = True) -> None:
+    """Find what would keep a file from being written, before anything is computed.
+
+    Args:
+        option: names the file on the command line, for messages.
+        overwrite: a file that is there may be replaced.
+
+    Raises:
+        ConfigError: it is there, and may not be; one line.
+        DataError: something else is there, or its folder is none that can be written to; one line.
+    """
+    if os.path.lexists(path) and not path.is_file():
+        what = "it is a directory" if path.is_dir() else "it is no regular file"
+        raise DataError(f"cannot write {path}: {what}; choose another {option}")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} is there already; use --overwrite, or choose another {option}")
+    if not path.parent.is_dir():
+        raise DataError(f"cannot write {path}: {path.parent} is no directory; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise DataError(f"cannot write {path}: {path.parent} cannot be written to; choose another {option}")
 
 
 def flush(path: Path) -> None:

@@ -7,9 +7,10 @@ import json
 import os
 import platform
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
+
+from megatron_dlm.packages import installed_version
 
 MEGATRON_SUPPORTED = ((0, 16, 1), (0, 20))
 PYTHON_SUPPORTED = ((3, 11), (3, 13))
@@ -81,10 +82,7 @@ def examine() -> dict[str, Any]:
 
 
 def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "absent"
+    return installed_version(distribution) or "absent"
 
 
 def _in_range(found: str, supported: tuple[tuple[int, ...], tuple[int, ...]]) -> str:

@@ -1,11 +1,15 @@
-"""How all figures look."""
+"""How all figures look, and whether one can be written."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megatron_dlm.files import written_beside
+from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.files import check_file_output, written_beside
+
+SUFFIXES = (".png", ".svg", ".pdf")
 
 BLUE, RED, GREEN, PINK, SKY, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 """Okabe and Ito's colours, which the colour-blind can tell apart."""
@@ -33,6 +37,23 @@ STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
 }
 """For ``matplotlib.rc_context``."""
+
+
+def check_figure_output(output: Path, option: str = "--output") -> None:
+    """Find what would keep a figure from being written, before anything is computed.
+
+    Args:
+        option: names the file on the command line, for messages.
+
+    Raises:
+        ConfigError: ``output`` has another suffix than .png, .svg or .pdf; one line.
+        DataError: matplotlib is not installed, or as ``check_file_output``; one line.
+    """
+    if find_spec("matplotlib") is None:
+        raise DataError("a figure needs the package matplotlib: pip install 'megatron-dlm[log]'")
+    if output.suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"{option} {output} is no figure; name it with one of {', '.join(SUFFIXES)}")
+    check_file_output(output, option)
 
 
 def save(figure: Any, output: Path) -> None:

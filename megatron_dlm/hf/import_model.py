@@ -7,12 +7,10 @@ exported, and training can begin with it (`checkpoint.initialize_from`), but the
 from __future__ import annotations
 
 import json
-import platform
 import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +31,7 @@ from megatron_dlm.hf.source_tensors import SourceTensors
 from megatron_dlm.hf.source_tokenizer import SourceTokenizer, convert_tokenizer
 from megatron_dlm.hf.tensor_map import EMBEDDING_HF, HEAD_HF, Whole, weight_map
 from megatron_dlm.output_folder import check_output, complete_folder
-from megatron_dlm.packages import optional_module
+from megatron_dlm.packages import optional_module, versions
 
 Objective = Literal["masked_diffusion", "autoregressive"]
 
@@ -269,11 +267,6 @@ def _description(tokenizer: Tokenizer, origin: str) -> str:
         "vocab_size": tokenizer.vocab_size,
         "train_sources": [],
         "imported_from": origin,
-        "versions": {
-            "megatron_dlm": version("megatron-dlm"),
-            "megatron-core": version("megatron-core"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(("megatron_dlm", "megatron-core", "torch")),
     }
     return json.dumps(info, indent=2) + "\n"

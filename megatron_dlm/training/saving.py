@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
@@ -41,6 +38,7 @@ from megatron_dlm.errors import ConfigError, TrainingError
 from megatron_dlm.files import flush
 from megatron_dlm.model.initialization import CHECKPOINT_METADATA
 from megatron_dlm.model.placement import place
+from megatron_dlm.packages import versions
 from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.state import Training
 
@@ -244,12 +242,7 @@ def _describe(training: Training, progress: Progress, directory: Path, known: di
         "tokenizer_fingerprint": training.tokenizer.fingerprint,
         "vocab_size": training.tokenizer.vocab_size,
         "train_sources": _describe_sources(training.config, training.train_stream.dataset),
-        "versions": {
-            "megatron_dlm": version("megatron-dlm"),
-            "megatron-core": version("megatron-core"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(("megatron_dlm", "megatron-core", "torch")),
     }
     (directory / INFO).write_text(json.dumps(info, indent=2) + "\n")
     manifest.write(directory, known)

@@ -93,7 +93,7 @@ def test_doctor_names_gpus_and_transformer_engine(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: Properties)
     monkeypatch.setattr(doctor, "find_spec", lambda name: True)
-    monkeypatch.setattr(doctor, "version", lambda name: "2.11.0")
+    monkeypatch.setattr(doctor, "installed_version", lambda name: "2.11.0")
     findings = doctor.examine()
     assert findings["device"] == ["H200, 139 GiB"] and findings["backend"] == "nccl"
     assert findings["layers"] == "Transformer Engine's"
