@@ -17,6 +17,8 @@ from megatron_dlm.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from megatron_dlm.generation.text_model import TextModel
 
+_TOKENS_PER_BATCH_ON_CPU = 4096
+
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """The option that names the model."""
@@ -35,6 +37,27 @@ def add_layout(parser: argparse.ArgumentParser) -> None:
     layout.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="(%(default)s)")
 
 
+def add_tokens_per_batch(parser: argparse._ActionsContainer) -> None:
+    """The option that bounds the memory of a forward."""
+    parser.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        metavar="N",
+        help="of one forward; less needs less memory (16384 on a GPU, 4096 without, where larger ones are slower)",
+    )
+
+
+def tokens_per_batch(args: argparse.Namespace) -> int:
+    """What is given, or what suits this machine."""
+    import torch
+
+    from megatron_dlm.evaluation.likelihood_masks import TOKENS_PER_BATCH
+
+    if args.tokens_per_batch is not None:
+        return args.tokens_per_batch
+    return TOKENS_PER_BATCH if torch.cuda.is_available() else _TOKENS_PER_BATCH_ON_CPU
+
+
 def layout_of(args: argparse.Namespace) -> ParallelConfig:
     """The layout that is asked for. Raises ``ConfigError`` where the processes or the model do not allow it."""
     layout = ParallelConfig(
@@ -50,10 +73,9 @@ def layout_of(args: argparse.Namespace) -> ParallelConfig:
         )
     from megatron_dlm.checkpoint.stored import is_checkpoint
 
-    if several and not is_checkpoint(args.checkpoint):
-        raise ConfigError(
-            f"{args.checkpoint} is no checkpoint, and only those run on several processes; leave out torchrun"
-        )
+    for path in [args.checkpoint] if isinstance(args.checkpoint, str) else args.checkpoint:
+        if several and not is_checkpoint(path):
+            raise ConfigError(f"{path} is no checkpoint, and only those run on several processes; leave out torchrun")
     return layout
 
 

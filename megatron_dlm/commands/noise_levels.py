@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dlm.errors import ConfigError, DataError
-from megatron_dlm.files import write_text
+from megatron_dlm.commands.common import add_layout, add_tokens_per_batch, layout_of, opened, tokens_per_batch
+from megatron_dlm.errors import ConfigError
+from megatron_dlm.files import check_file_output, write_json
 
 if TYPE_CHECKING:
-    from megatron_dlm.evaluation.noise_level_table import Estimate, NoiseLevelTable
+    from megatron_dlm.evaluation.noise_level_table import NoiseLevelTable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,13 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help='a UTF-8 text file, JSON lines with "text", or a prefix that `megatron-dlm prepare` wrote (DIR/valid)',
     )
+    parser.add_argument("--limit", type=int, metavar="N", help="read the first tokens of the text only")
     parser.add_argument(
         "--levels", default="10", metavar="N", help="how many mask ratios, or the ratios: 0.1,0.5,1.0 (%(default)s)"
     )
     parser.add_argument("--windows", type=int, default=64, metavar="N", help="windows of the text (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the masks (%(default)s)")
+    add_tokens_per_batch(parser)
     parser.add_argument("--output", type=Path, metavar="FIGURE.png", help="draw both over the mask ratio")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table, and the differences, as JSON")
+    add_layout(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,50 +48,40 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--checkpoint is given {len(args.checkpoint)} times; give one model, or two to compare")
     levels = _levels(args.levels)
     _check_outputs(args)
+    layout = layout_of(args)
+    from megatron_dlm.evaluation.noise_level_report import measure
+    from megatron_dlm.evaluation.ranks import on_first_rank
+
+    with ExitStack() as stack:
+        # All are opened first, so that what is wrong with the second shows before anything is computed.
+        models = [stack.enter_context(opened(path, layout)) for path in args.checkpoint]
+        tables = measure(
+            [model._replace(name=path) for path, model in zip(args.checkpoint, models, strict=True)],
+            args.data,
+            levels=levels,
+            windows=args.windows,
+            seed=args.seed,
+            limit_tokens=args.limit,
+            tokens_per_batch=tokens_per_batch(args),
+        )
+        on_first_rank(models[0], lambda: _report(tables, args))
+    return 0
+
+
+def _report(tables: list[NoiseLevelTable], args: argparse.Namespace) -> None:
+    from megatron_dlm.evaluation.noise_level_report import for_json, format_tables
     from megatron_dlm.figures.noise_levels import draw
 
-    try:
-        tables = _measure(args, levels)
-    finally:
-        import torch.distributed
-
-        if torch.distributed.is_initialized():
-            from megatron_dlm.parallel.topology import shutdown
-
-            shutdown()
     for letter, table in zip("AB", tables, strict=False):
         print(f"{f'model {letter}' if len(tables) > 1 else 'model':<9} {table.name}")
     print(f"data      {args.data} | {tables[0].windows} windows of {tables[0].length} tokens\n")
     print(format_tables(tables))
     if args.json:
-        _write_json(tables, args.json)
+        write_json(args.json, for_json(tables))
         print(f"\njson      {args.json}")
     if args.output:
         draw(tables, args.output)
         print(f"\nfigure    {args.output}")
-    return 0
-
-
-def format_tables(tables: Sequence[NoiseLevelTable]) -> str:
-    """One table, or two of the same levels and their difference, aligned. Raises ConfigError as ``compare``."""
-    shown = _with_difference(tables)
-    several = len(shown) > 1
-    losses, hits = ["nats/masked token"], ["accuracy"]
-    if several:
-        losses, hits = ([f"{what} {name}" for name in ("A", "B", "B - A")] for what in ("loss", "accuracy"))
-    lines = [["mask ratio", "masked", *losses, *hits]]
-    for rows in zip(*(table.rows for table in shown), strict=True):
-        losses = [_format(row.cross_entropy, signed=i == 2) for i, row in enumerate(rows)]
-        hits = [_format(row.accuracy, percent=True, signed=i == 2) for i, row in enumerate(rows)]
-        lines.append([f"{rows[0].mask_ratio:.3f}", f"{rows[0].masked}/{tables[0].length}", *losses, *hits])
-    nelbo = [_format(table.nelbo, signed=i == 2) for i, table in enumerate(shown)]
-    lines.append(["average", "= NELBO", *nelbo, *[""] * len(shown)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    note = "Behind +- are standard errors, with windows as units."
-    if several:
-        note = f"{note}\nLosses are nats per masked token; differences are of pairs under the same masks."
-    return "\n".join([*text[:-1], "-" * max(map(len, text)), text[-1], "", note])
 
 
 def _levels(text: str) -> int | list[float]:
@@ -101,59 +93,11 @@ def _levels(text: str) -> int | list[float]:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Find what would keep the files from being written, before anything is computed."""
-    from megatron_dlm.figures.inference_costs import check_output
+    from megatron_dlm.figures.style import check_figure_output
 
     if args.output:
-        check_output(args.output)
-    if args.json and args.json.is_dir():
-        raise DataError(f"cannot write {args.json}: it is a directory; choose another file")
-    if args.json and not args.json.parent.is_dir():
-        raise DataError(f"cannot write {args.json}: {args.json.parent} is no directory; make it first")
+        check_figure_output(args.output)
+    if args.json:
+        check_file_output(args.json, "--json")
     if args.json and args.json == args.output:
         raise ConfigError(f"--json and --output are both {args.json}; choose another file for one of them")
-
-
-def _measure(args: argparse.Namespace, levels: int | list[float]) -> list[NoiseLevelTable]:
-    """The tables of all models, which are opened first, so that what is wrong with the second shows before."""
-    from megatron_dlm.evaluation.noise_level_table import check_model, noise_level_table
-    from megatron_dlm.evaluation.progress import collect, with_bar
-    from megatron_dlm.evaluation.text_nelbo import read_windows
-    from megatron_dlm.generation.text_model import open_text_model
-
-    models = []
-    for path in args.checkpoint:
-        models.append(open_text_model(path))
-        check_model(models[-1])
-    length = min(model.max_length for model in models)
-    if len({model.tokenizer.fingerprint for model in models}) > 1:
-        first, second = (read_windows(args.data, model.tokenizer, length).tokens.tolist() for model in models)
-        if first != second:
-            raise ConfigError("the two models have different tokenizers; compare models of one tokenizer")
-    tables = []
-    for path, model in zip(args.checkpoint, models, strict=True):
-        parts = noise_level_table(model, args.data, levels=levels, windows=args.windows, length=length, seed=args.seed)
-        (table,) = collect(with_bar(parts, path))
-        tables.append(replace(table, name=path))
-    return tables
-
-
-def _with_difference(tables: Sequence[NoiseLevelTable]) -> list[NoiseLevelTable]:
-    from megatron_dlm.evaluation.noise_level_table import compare
-
-    return [*tables, compare(*tables)] if len(tables) == 2 else list(tables)
-
-
-def _write_json(tables: Sequence[NoiseLevelTable], file: Path) -> None:
-    """Whole or not at all."""
-    names = ("first", "second", "difference") if len(tables) == 2 else ("table",)
-    content = {name: table.as_dict() for name, table in zip(names, _with_difference(tables), strict=True)}
-    try:
-        write_text(file, json.dumps(content if len(tables) == 2 else content["table"], indent=1) + "\n")
-    except OSError as error:
-        raise DataError(f"cannot write {file}: {error.strerror}; choose another file") from None
-
-
-def _format(estimate: Estimate, *, percent: bool = False, signed: bool = False) -> str:
-    scale, digits, unit = (100, 1, " %") if percent else (1, 3, "")
-    error = f"{scale * estimate.standard_error:.{digits}f}"
-    return f"{scale * estimate.value:{'+' if signed else ''}.{digits}f} +- {error}{unit}"

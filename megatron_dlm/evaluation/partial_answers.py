@@ -10,7 +10,6 @@ from pathlib import Path
 
 from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.evaluation.multiple_choice import Answer
-from megatron_dlm.files import flush, written_beside
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -133,19 +132,6 @@ class PartialAnswers:
 
     def _unwritable(self, error: sqlite3.Error) -> DataError:
         return DataError(f"cannot write {self.path}: {error}; make that possible, and run the command again")
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file, flushed to the disk: complete or not at all. Raises ``DataError``, one line."""
-    try:
-        with written_beside(path) as partial:
-            partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            flush(partial)
-        flush(path.parent)
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path}: {error.strerror}; make that possible, and run the command again"
-        ) from None
 
 
 def _check(database: sqlite3.Connection) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 from tqdm import tqdm
+
+from megatron_dlm.evaluation.ranks import is_first_rank
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ def collect(parts: Iterable[Finished[T]]) -> list[T]:
 
 def with_bar(parts: Iterable[Finished[T]], name: str, *, hidden: bool = False) -> Iterator[Finished[T]]:
     """The same parts, and while they pass a bar with the time that is left: on rank 0, on a terminal."""
-    hidden = hidden or os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty()
+    hidden = hidden or not is_first_rank() or not sys.stderr.isatty()
     form = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
     with tqdm(total=1.0, desc=name, bar_format=form, disable=hidden, leave=False, dynamic_ncols=True) as bar:
         for part in parts:

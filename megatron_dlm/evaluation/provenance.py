@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_dlm import __version__
 from megatron_dlm.checkpoint import manifest
 from megatron_dlm.checkpoint.stored import is_checkpoint, open_checkpoint
 from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
 from megatron_dlm.evaluation.tasks import PROMPTS, Task
 from megatron_dlm.generation.text_model import TextModel
 
-_PACKAGES = (
+PACKAGES = (
     "megatron-dlm",
     "megatron-core",
     "torch",
@@ -27,6 +26,7 @@ _PACKAGES = (
     "sentencepiece",
     "lm-eval",
 )
+"""Distributions whose versions results depend on."""
 
 
 def identify(path: str, model: TextModel) -> dict[str, Any]:
@@ -58,17 +58,6 @@ def identify(path: str, model: TextModel) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that results depend on, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def fingerprint(model: dict[str, Any], task: Task, options: LikelihoodOptions) -> str:
     """Of all that decides the answer to question i of a task: equal ones may be mixed.
 
@@ -78,7 +67,7 @@ def fingerprint(model: dict[str, Any], task: Task, options: LikelihoodOptions) -
         "model": {key: model[key] for key in ("digest", "objective", "max_length", "tokenizer")},
         "task": [task.name, PROMPTS, task.num_fewshot, [file["sha256"] for file in task.files]],
         "options": [] if model["objective"] == "autoregressive" else options_of(options),
-        "version": version("megatron-dlm"),
+        "version": __version__,
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 

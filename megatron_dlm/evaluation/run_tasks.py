@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
@@ -26,10 +24,9 @@ from megatron_dlm.evaluation.multiple_choice import (
 from megatron_dlm.evaluation.partial_answers import PartialAnswers
 from megatron_dlm.evaluation.progress import Finished
 from megatron_dlm.evaluation.provenance import fingerprint, options_of
+from megatron_dlm.evaluation.ranks import on_first_rank
 from megatron_dlm.evaluation.tasks import Task
 from megatron_dlm.generation.text_model import TextModel
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,24 +85,6 @@ def open_answers(model: TextModel, output: Path | None) -> Iterator[Answers]:
     finally:
         for partial in opened:
             partial.close()
-
-
-def on_first_rank(model: TextModel, function: Callable[[], T]) -> T:
-    """What ``function`` gives on rank 0, on every rank; collective. Its ``ConfigError`` and ``DataError`` are raised
-    on every rank."""
-    if model.topology is None or model.topology.world_size == 1:
-        return function()
-    box: list[Any] = [None]
-    if model.topology.rank == 0:
-        try:
-            box = [(function(), None)]
-        except (ConfigError, DataError) as error:
-            box = [(None, error)]
-    dist.broadcast_object_list(box, src=0)
-    value, fault = box[0]
-    if fault is not None:
-        raise fault
-    return value
 
 
 def evaluate_task(

@@ -121,6 +121,38 @@ def test_every_layout_and_the_export_answer_the_same(tiny_data: Path, data: Path
     assert not list(tmp_path.glob("*.partial"))
 
 
+def compare_noise_levels(runs: list[Path], text: Path, output: Path, arguments: list[str]) -> None:
+    """``megatron-dlm noise-levels`` of two runs, on ranks that torchrun seems to have started."""
+    from megatron_dlm.commands import noise_levels
+
+    parallel.shutdown = lambda: None  # the process group is the test's, which ends it
+    parser = ArgumentParser()
+    noise_levels.add_arguments(parser)
+    models = [part for run in runs for part in ("--checkpoint", str(run))]
+    common = ["--data", str(text), "--levels", "4", "--windows", "5", "--tokens-per-batch", "99", "--json", str(output)]
+    assert noise_levels.run(parser.parse_args([*models, *common, *arguments])) == 0
+
+
+def test_noise_levels_are_the_same_at_every_layout(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
+    runs = [tmp_path / "first", tmp_path / "second"]
+    first = config(tiny_data, runs[0], "masked_diffusion")
+    second = config(tiny_data, runs[1], "masked_diffusion", data={"sequence_length": 24})
+    second.run.seed += 1
+    run_ranks(save_all, 1, tmp_path, [first, second])
+    text = tmp_path / "text.txt"
+    text.write_text("A list of names is the value of it.\n" * 6)
+    run_ranks(compare_noise_levels, 1, tmp_path, runs, text, tmp_path / "one.json", [])
+    alone = capfd.readouterr().out
+    one = json.loads((tmp_path / "one.json").read_text())
+    assert set(one) == {"first", "second", "difference"} and one["first"]["nelbo"] != one["second"]["nelbo"]
+    for layout, (ranks, arguments) in LAYOUTS.items():
+        run_ranks(compare_noise_levels, ranks, tmp_path, runs, text, tmp_path / f"{layout}.json", arguments)
+        assert capfd.readouterr().out == alone.replace("one.json", f"{layout}.json"), "one rank prints"
+        found = json.loads((tmp_path / f"{layout}.json").read_text())
+        for name, table in one.items():
+            assert found[name]["levels"] == [pytest.approx(level, abs=1e-5) for level in table["levels"]], layout
+
+
 def train_all(configs: list[Config]) -> None:
     from megatron_dlm.evaluation.during_training import DuringTraining
     from megatron_dlm.training.setup import build

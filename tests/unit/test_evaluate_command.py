@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -19,10 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_dlm.cli import main
 from megatron_dlm.commands import evaluate as command
-from megatron_dlm.errors import DataError
 from megatron_dlm.evaluation import scoring
 from megatron_dlm.evaluation.multiple_choice import Answer
-from megatron_dlm.evaluation.partial_answers import PartialAnswers, write_json
+from megatron_dlm.evaluation.partial_answers import PartialAnswers
 from megatron_dlm.hf.export import export
 from megatron_dlm.parallel import topology as parallel
 from megatron_dlm.training.progress import Progress
@@ -106,17 +103,6 @@ def test_runs_and_exports_answer_the_same(
     assert lines[0].startswith("model    ") and lines[1].split()[:4] == ["task", "questions", "metric", "value"]
     shown = next(line for line in lines if line.startswith("hellaswag"))
     assert shown.split()[:4] == ["hellaswag", "12", "acc", f"{run['results']['hellaswag']['metrics']['acc']:.4f}"]
-
-
-def test_noise_levels(models: dict[str, Path], data: Path, tmp_path: Path, capsys: Any) -> None:
-    output = tmp_path / "levels.json"
-    arguments = ("noise_levels", "--output", str(output))
-    assert evaluate(models["masked_diffusion export"], data / "nelbo.txt", *arguments) == 0
-    levels = read(output)["results"]["noise_levels"]
-    assert len(levels["levels"]) == 10 and levels["metrics"]["loss@0.95_stderr"] > 0
-    assert "loss@0.95" in capsys.readouterr().out
-    assert evaluate(models["autoregressive export"], data / "nelbo.txt", "noise_levels") == 2
-    assert "has no noise levels" in capsys.readouterr().err
 
 
 def kept(partial: Path) -> int:
@@ -211,22 +197,6 @@ def test_what_is_kept_belongs_to_the_question(models: dict[str, Path], data: Pat
     assert resumed() == 0 and "was damaged, so what it had is evaluated again" in capsys.readouterr().err
 
 
-def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(ValueError):
-        write_json(path, {"a": math.nan})
-    assert read(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
-
-    def full(*unused: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="cannot write .*: No space left on device; make that possible"):
-        write_json(path, {"a": 2})
-    assert read(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
-
-
 def test_a_stopped_evaluation_says_how_to_go_on(
     models: dict[str, Path], data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,8 +224,9 @@ def test_a_stopped_evaluation_says_how_to_go_on(
         ("mmlu", ["--num-fewshot", "-1"], "--num-fewshot is -1"),
         ("hellaswag", ["--num-fewshot", "1"], "--num-fewshot is for mmlu and lm-eval's tasks"),
         ("piqa", [], "has no piqa.jsonl or .parquet"),
-        ("hellaswag,noise_levels", [], "has no noise_levels.txt beside the questions"),
-        ("hellaswag", ["--output", "/nowhere/x.json"], "/nowhere is no folder that can be written to"),
+        ("noise_levels", [], "the task 'noise_levels' is unknown; choose from hellaswag, "),
+        ("piqa,nelbo", [], "has no piqa.jsonl or .parquet"),
+        ("hellaswag", ["--output", "/nowhere/x.json"], "/nowhere is no directory; make it first"),
         ("hellaswag", ["--tensor-model-parallel-size", "2"], "torchrun --nproc-per-node 2"),
         ("hellaswag", ["--tensor-model-parallel-size", "0"], "must be at least 1"),
     ],
@@ -277,6 +248,9 @@ def test_more_refusals(
     assert evaluate(model, data, "hellaswag", "--guidance", "1") == 2
     assert "an autoregressive model has no guidance; leave out --guidance" in capsys.readouterr().err
     (tmp_path / "there.json").touch()
+    assert evaluate(model, write(tmp_path / "piqa.jsonl", []).parent, "piqa,nelbo") == 2
+    assert "has no nelbo.txt beside the questions; put the text there" in capsys.readouterr().err
+    (tmp_path / "piqa.jsonl").unlink()
     assert evaluate(model, data, "hellaswag", "--output", str(tmp_path / "there.json")) == 2
     assert "is there already; use --overwrite" in capsys.readouterr().err
     long = write(tmp_path / "long.jsonl", [{**hellaswag(1)[0], "endings": ["a", "b" * 70]}])

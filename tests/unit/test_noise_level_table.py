@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dlm import cli
-from megatron_dlm.commands.noise_levels import format_tables
 from megatron_dlm.config.kinds import AUTOREGRESSIVE
 from megatron_dlm.data.tokenizer import ByteTokenizer
 from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.evaluation.noise_level_report import format_tables
 from megatron_dlm.evaluation.noise_level_table import NoiseLevelTable, compare, noise_level_table
 from megatron_dlm.evaluation.progress import collect
 from megatron_dlm.figures.noise_levels import draw
