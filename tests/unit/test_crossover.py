@@ -26,7 +26,8 @@ from megatron_dlm.crossover.curves import (
 )
 from megatron_dlm.crossover.figure import draw
 from megatron_dlm.crossover.report import as_json, markdown, spread, verdict
-from megatron_dlm.errors import ConfigError
+from megatron_dlm.errors import DataError
+from megatron_dlm.run_folder import RunFolder
 
 EPOCHS = np.arange(1.0, 51.0)
 
@@ -245,7 +246,7 @@ def test_curves_are_read_from_a_runs_records(tmp_path: Path) -> None:
             loss = None if step == 4 else 4.0 - step / 10  # the loss was not finite
             lines.append({"step": step, "valid_nelbo": loss, "valid_nelbo_ci95": 0.2, "valid_unigram": 3.3})
             lines[-1] |= {"task/arc/acc": step / 10, "task/arc/acc_stderr": 0.01, "task/other": "text"}
-    found = read_run(Arm("small", 9, "masked_diffusion", 0), write(tmp_path, lines))
+    found = read_run(Arm("small", 9, "masked_diffusion", 0), RunFolder(write(tmp_path, lines)))
     assert found.loss.epochs.tolist() == [1, 3] and found.loss.values.tolist() == pytest.approx([3.8, 3.4])
     assert found.loss.flops.tolist() == [14, 42] and found.loss.ci95.tolist() == [0.2, 0.2]
     assert list(found.tasks) == ["arc/acc"] and found.tasks["arc/acc"].epochs.tolist() == [1, 2, 3]
@@ -256,14 +257,15 @@ def test_curves_are_read_from_a_runs_records(tmp_path: Path) -> None:
     ("lines", "message"),
     [
         (None, "No such file"),
-        (["{"], "is damaged"),
-        (["3"], "is damaged"),
+        (["{"], "metrics.jsonl:1 is no record"),
+        (["3"], "metrics.jsonl:1 is no record"),
+        ([{"step": 1, "valid_nelbo": 2.0}], "has no evaluation"),
         ([{"step": 1, "epoch": 1.0, "loss": 3.0}], "has no evaluation"),
     ],
 )
 def test_records_that_cannot_be_used_are_one_line(tmp_path: Path, lines: list[Any] | None, message: str) -> None:
     if lines is not None:
         write(tmp_path, lines)
-    with pytest.raises(ConfigError, match=message) as raised:
-        read_run(Arm("small", 9, "masked_diffusion", 0), tmp_path)
+    with pytest.raises(DataError, match=message) as raised:
+        read_run(Arm("small", 9, "masked_diffusion", 0), RunFolder(tmp_path))
     assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
