@@ -1,4 +1,4 @@
-"""`megatron-dlm crossover`: paired DLM and AR runs over a grid; a table, figures and a verdict."""
+"""`megatron-dlm crossover`: paired DLM and AR runs over a grid; tables and figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train nothing: write every arm's configuration and print the command that trains it, for a cluster",
     )
     instead.add_argument(
-        "--report", action="store_true", help="train nothing: table, figures and verdict of the arms that are finished"
+        "--report", action="store_true", help="train nothing: tables and figures of the arms that are finished"
     )
 
 

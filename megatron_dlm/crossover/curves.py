@@ -189,8 +189,8 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 def best(curve: Curve, *, higher: bool = False) -> Best:
     """The first of the lowest values, or of the highest."""
     index = int(np.argmax(curve.values) if higher else np.argmin(curve.values))
-    row = (float(array[index]) for array in (curve.values, curve.ci95, curve.epochs, curve.flops))
-    return Best(*row, at_end=index == len(curve.epochs) - 1)
+    value, ci95, epoch, flops = (float(row[index]) for row in (curve.values, curve.ci95, curve.epochs, curve.flops))
+    return Best(value, ci95, epoch, flops, at_end=index == len(curve.epochs) - 1)
 
 
 def compare(dlm: Curve, ar: Curve, *, higher: bool = False) -> Comparison:

@@ -168,9 +168,10 @@ def _arms(grid: Grid) -> list[Arm]:
     """One pair after the other, so that first results come early."""
     own = grid.autoregressive
     arms = []
+    dropouts: list[float | None] = [*own.dropout] if own.dropout else [None]
     for model, tokens, seed in itertools.product(grid.models, sorted(grid.unique_tokens), grid.seeds):
         arms.append(Arm(model, tokens, "masked_diffusion", seed))
-        for ratio, dropout in itertools.product(own.input_mask_ratio, own.dropout or [None]):
+        for ratio, dropout in itertools.product(own.input_mask_ratio, dropouts):
             arms.append(Arm(model, tokens, "autoregressive", seed, ratio, dropout))
     return arms
 
