@@ -16,7 +16,7 @@ help:  ## Show this help
 
 demo: $(STAMP) $(DEMO)-data/.prepared  ## Train a small model on real text, in minutes; goes on where it was stopped
 	$(RUN) megatron_dlm train --config examples/configs/demo.yaml
-	$(VENV)/bin/python tools/plot.py $(DEMO)/metrics.jsonl --output $(DEMO)/loss.png
+	$(RUN) megatron_dlm plot $(DEMO) --output $(DEMO)/loss.png
 	$(RUN) megatron_dlm export --checkpoint $(DEMO) --output $(DEMO)/hf --overwrite
 	@echo "What a model of some minutes of training on two CPU cores fills in, loaded with AutoModelForCausalLM:"
 	$(VENV)/bin/python examples/infill.py $(DEMO)/hf

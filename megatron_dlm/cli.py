@@ -26,6 +26,7 @@ COMMANDS = {
     "import": "Turn a Hugging Face model into a checkpoint.",
     "crossover": "Train paired DLM and AR models over a grid, and say when the DLM overtakes.",
     "estimate": "Show what generating text and training cost, in FLOPs; needs no GPU.",
+    "plot": "Draw what one or several runs have learned.",
     "noise-levels": "Show a masked diffusion model's loss and accuracy by mask ratio, or compare two.",
     "doctor": "Show what this machine has and which path a run will take.",
 }

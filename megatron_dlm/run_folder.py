@@ -15,6 +15,7 @@ from megatron_dlm.files import write_text
 DONE, FAILED, INVALID, STOPPED = 0, 1, 2, 75
 """Exit codes of a run: done, failed, refused before it began, and stopped with everything saved: start it again."""
 
+_REMEDY = "give a run's directory or its metrics.jsonl"
 _TAIL = 2**17  # bytes that hold the last records of a run
 
 
@@ -42,9 +43,13 @@ class RunFolder:
 
     @classmethod
     def at(cls, path: str | Path) -> RunFolder:
-        """The folder ``path``, or the one that the file ``path`` is in: a metrics.jsonl, say."""
-        path = Path(path)
-        return cls(path.parent if path.is_file() else path)
+        """The folder ``path``, or that of the metrics.jsonl ``path``. Raises ``DataError`` for any other file."""
+        folder = cls(Path(path))
+        if folder.path.is_file():
+            folder = cls(folder.path.parent)
+            if folder.metrics.name != Path(path).name:
+                raise DataError(f"{path} is no run's record; {_REMEDY}")
+        return folder
 
     @property
     def config(self) -> Path:
@@ -137,16 +142,15 @@ def read_lines(path: Path, *, skip_damaged: bool = False) -> Iterator[dict[str, 
     Raises:
         DataError: the file cannot be read, or has a line that is no record; one line.
     """
-    remedy = "give a run's directory or its metrics.jsonl"
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if (record := _record(line)) is not None:
                     yield record
                 elif line.endswith(b"\n") and not skip_damaged:  # only a last line has no end
-                    raise DataError(f"{path}:{number} is no record of a step; {remedy}")
+                    raise DataError(f"{path}:{number} is no record of a step; {_REMEDY}")
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+        raise DataError(f"cannot read {path}: {error.strerror}; {_REMEDY}") from None
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_dlm.errors import DataError
+from megatron_dlm.run_folder import RunFolder
 
 
 class Point(NamedTuple):
@@ -70,47 +70,17 @@ def read_points(path: str | Path) -> list[Point]:
         DataError: there is no such file, it is not one that a run wrote, or it has no evaluation with its FLOPs;
             one line.
     """
-    path = Path(path)
-    file = path / "metrics.jsonl" if path.is_dir() else path
-    flops: dict[int, float] = {}
-    losses: dict[int, float] = {}
-    evaluations = 0
-    for record in _records(file):
-        step = record["step"]
-        if "valid_nelbo" in record:
-            evaluations += 1
-            if _is_finite(record["valid_nelbo"]):
-                losses[step] = record["valid_nelbo"]
-        elif _is_finite(record.get("training_flops")):
-            flops[step] = record["training_flops"]
+    folder = RunFolder.at(path)
+    steps, evaluations = folder.records()
     if not evaluations:
-        raise DataError(f"{file} has no held-out evaluation: train with data.valid")
+        raise DataError(f"{folder.metrics} has no held-out evaluation: train with data.valid")
+    flops = {r["step"]: r["training_flops"] for r in steps if _is_finite(r.get("training_flops"))}
+    losses = {r["step"]: r["valid_nelbo"] for r in evaluations if _is_finite(r["valid_nelbo"])}
     points = [Point(step, losses[step], flops[step]) for step in sorted(losses) if flops.get(step, 0) > 0]
     if not points:
         missing = "training_flops of the step of any evaluation" if losses else "finite valid_nelbo"
-        raise DataError(f"{file} has no {missing}: train again with this version")
+        raise DataError(f"{folder.metrics} has no {missing}: train again with this version")
     return points
-
-
-def _records(file: Path) -> list[dict[str, Any]]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}; give a run's directory or its metrics.jsonl") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{file} is no text; give a run's directory or its metrics.jsonl") from None
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            if number == len(lines):  # cut short by a kill
-                break
-            raise DataError(f"{file}:{number} is not JSON; give a run's directory or its metrics.jsonl") from None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise DataError(f"{file}:{number} is no record of a step; give a run's directory or its metrics.jsonl")
-        records.append(record)
-    return records
 
 
 def _is_finite(value: Any) -> bool:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from megatron_dlm.config.load import dump_yaml
 from megatron_dlm.config.tree import Config
 from megatron_dlm.crossover.curves import Arm
-from megatron_dlm.crossover.grid import Crossover, check_recorded, first_difference, is_finished
+from megatron_dlm.crossover.grid import Crossover, check_recorded, first_difference, folder_of
 from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.files import write_text
 from megatron_dlm.formatting import format_duration
@@ -38,6 +38,7 @@ from megatron_dlm.launch import (
     count_workers,
     directory_in_use,
 )
+from megatron_dlm.run_folder import RunFolder
 
 _SECONDS_BETWEEN_LINES, _SHARE_BETWEEN_LINES = 30.0, 0.02
 _SIGNAL_WHEN_PARENT_ENDS = 1  # prctl's PR_SET_PDEATHSIG
@@ -101,7 +102,7 @@ def check_arms(crossover: Crossover) -> dict[Arm, dict[str, Any]]:
 def write_arms(crossover: Crossover, facts: dict[Arm, dict[str, Any]]) -> None:
     """Write every unfinished arm's train.yaml, for `megatron-dlm train`, and arm.json. Raises ``ConfigError``."""
     for arm, config in crossover.arms.items():
-        if is_finished(config):
+        if folder_of(config).is_finished:
             continue
         directory = Path(config.run.directory)
         try:
@@ -121,7 +122,7 @@ def _preflight(arm: Arm, config: Config) -> dict[str, Any]:
     from megatron_dlm.training.setup import open_data, total_steps
 
     try:
-        if not is_finished(config):
+        if not folder_of(config).is_finished:
             check(config, count_workers(config))
         tokenizer = load_tokenizer(config.data.tokenizer)
         train, valid = open_data(config, tokenizer)
@@ -153,7 +154,7 @@ def _preflight(arm: Arm, config: Config) -> dict[str, Any]:
 
 
 def _train(crossover: Crossover, stop: StopHandler, say: Callable[[str], None]) -> Outcome:
-    waiting = [arm for arm, config in crossover.arms.items() if not is_finished(config)]
+    waiting = [arm for arm, config in crossover.arms.items() if not folder_of(config).is_finished]
     running: dict[BaseProcess, _Running] = {}
     failed: dict[str, str] = {}
     stopped = announced = False
@@ -178,53 +179,43 @@ def _train(crossover: Crossover, stop: StopHandler, say: Callable[[str], None]) 
             process.join()
             ended = running.pop(process)
             took = format_duration(time.monotonic() - ended.since)
-            if process.exitcode == DONE and is_finished(ended.config):
-                say(f"finished {ended.arm.name} after {took}{_last_figures(ended.config)}")
+            if process.exitcode == DONE and folder_of(ended.config).is_finished:
+                say(f"finished {ended.arm.name} after {took}{_last_figures(folder_of(ended.config))}")
             elif process.exitcode in (STOPPED, -signal.SIGTERM):
                 stopped = True
-                say(f"stopped  {ended.arm.name} after {took}{_last_figures(ended.config)}")
+                say(f"stopped  {ended.arm.name} after {took}{_last_figures(folder_of(ended.config))}")
             else:
                 twice = "stopped by a second signal before a checkpoint was saved" if stop.received > 1 else None
-                failed[ended.arm.name] = twice or _reason(ended.config, process.exitcode)
+                failed[ended.arm.name] = twice or _reason(folder_of(ended.config), process.exitcode)
                 say(f"failed   {ended.arm.name} after {took}: {failed[ended.arm.name]}")
         for other in running.values():
             now = time.monotonic()
             if now - other.said > max(_SECONDS_BETWEEN_LINES, _SHARE_BETWEEN_LINES * (now - other.since)):
                 other.said = now
-                say(f"running  {other.arm.name}{_last_figures(other.config)}")
+                say(f"running  {other.arm.name}{_last_figures(folder_of(other.config))}")
     return Outcome(failed, stopped or bool(stop.received))
 
 
-def _reason(config: Config, code: int | None) -> str:
+def _reason(folder: RunFolder, code: int) -> str:
     """Why an arm failed, in a line that names its log."""
-    log = Path(config.run.directory, "train.log")
-    try:
-        reason = json.loads(Path(config.run.directory, "status.json").read_text(encoding="utf-8"))["reason"]
-    except (OSError, ValueError, KeyError, TypeError):
-        reason = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-    return f"{reason} (see {log})"
+    if status := folder.status():
+        reason = status.reason
+    else:
+        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"{reason} (see {folder.path / 'train.log'})"
 
 
-def _last_figures(config: Config) -> str:
+def _last_figures(folder: RunFolder) -> str:
     """Epoch, held-out loss and remaining time of the last records of a run; empty where there are none."""
-    figures: dict[str, str] = {}
-    try:
-        with Path(config.run.directory, "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 2**17))
-            lines = file.read().splitlines()
-    except OSError:
-        return ""
-    for line in lines:
-        try:
-            record = json.loads(line)
-            if "valid_nelbo" in record:
-                figures["loss"] = f" | held-out {record['valid_nelbo']:.4f} nats/tok"
-            else:
-                figures["epoch"] = f" | epoch {record['epoch']:.1f}"
-                figures["eta"] = f" | eta {format_duration(record['eta_seconds'])}" if record["eta_seconds"] else ""
-        except (ValueError, KeyError, TypeError):  # the first line, cut by the seek, or one that is being written
-            continue
-    return "".join(figures.get(key, "") for key in ("epoch", "loss", "eta"))
+    steps, evaluations = folder.last_records()
+    step, evaluation = (records[-1] if records else {} for records in (steps, evaluations))
+    epoch, eta, loss = step.get("epoch"), step.get("eta_seconds"), evaluation.get("valid_nelbo")
+    figures = [
+        "" if epoch is None else f" | epoch {epoch:.1f}",
+        "" if loss is None else f" | held-out {loss:.4f} nats/tok",
+        f" | eta {format_duration(eta)}" if eta else "",
+    ]
+    return "".join(figures)
 
 
 def _start(config: Config, slot: int, slots: int) -> BaseProcess:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_dlm.costs.training import Point, TrainingCosts, compare_training
 from megatron_dlm.crossover.curves import (
@@ -66,6 +67,15 @@ class Cell:
         return min(found, key=lambda run: best(run.loss).value, default=None)
 
     @property
+    def better(self) -> Literal["DLM", "AR", "undecided"]:
+        """Whose best is better: what the 95 % intervals of all seeds say, else undecided."""
+        if self.best_gap and all(gap + ci95 < 0 for gap, ci95 in self.best_gap.values()):
+            return "DLM"
+        if self.best_gap and all(gap - ci95 > 0 for gap, ci95 in self.best_gap.values()):
+            return "AR"
+        return "undecided"
+
+    @property
     def pairs(self) -> list[int]:
         """Seeds of which there are a DLM and an AR."""
         return [seed for seed in self.arms.get("DLM", {}) if self.best_ar(seed)]
@@ -81,11 +91,11 @@ def analyse(runs: Iterable[Run]) -> list[Cell]:
     for cell in cells.values():
         cell.pairings = list(_pairings(cell))
         for seed in cell.pairs:
-            run = cell.best_ar_run(seed)
-            assert run is not None
-            dlm, ar = cell.best("DLM", seed), best(run.loss)
+            opponent = cell.best_ar_run(seed)
+            assert opponent is not None
+            dlm, ar = cell.best("DLM", seed), best(opponent.loss)
             cell.best_gap[seed] = (dlm.value - ar.value, math.hypot(dlm.ci95, ar.ci95))
-            cell.costs[seed] = compare_training(_points(run.loss), _points(cell.arms["DLM"][seed].loss))
+            cell.costs[seed] = compare_training(_points(opponent.loss), _points(cell.arms["DLM"][seed].loss))
     for cell in cells.values():
         _find_potential(cell, [other for other in cells.values() if other.model == cell.model])
     return list(cells.values())

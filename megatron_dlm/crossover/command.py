@@ -1,4 +1,4 @@
-"""`megatron-dlm crossover`: paired DLM and AR runs over a grid; a table, figures and a verdict."""
+"""`megatron-dlm crossover`: paired DLM and AR runs over a grid; tables and figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train nothing: write every arm's configuration and print the command that trains it, for a cluster",
     )
     instead.add_argument(
-        "--report", action="store_true", help="train nothing: table, figures and verdict of the arms that are finished"
+        "--report", action="store_true", help="train nothing: tables and figures of the arms that are finished"
     )
 
 
@@ -70,29 +70,30 @@ def _say(line: str) -> None:
 
 def _plan(crossover: Crossover) -> int:
     from megatron_dlm.crossover.arms import check_arms, write_arms
-    from megatron_dlm.crossover.grid import is_finished
+    from megatron_dlm.crossover.grid import folder_of
 
     write_arms(crossover, check_arms(crossover))
     for config in crossover.arms.values():
         command = shlex.join(["megatron-dlm", "train", "--config", str(Path(config.run.directory, "train.yaml"))])
-        print(f"# finished: {command}" if is_finished(config) else command)
+        print(f"# finished: {command}" if folder_of(config).is_finished else command)
     return 0
 
 
 def _report(crossover: Crossover) -> int:
     """Write and print what the finished arms say.
 
-    Raises ``ConfigError`` where there are none, ``TrainingError`` where it cannot be written.
+    Raises ``ConfigError`` where there are none, ``DataError`` for damaged records, ``TrainingError`` where the report
+    cannot be written.
     """
     from megatron_dlm.crossover.cells import analyse
-    from megatron_dlm.crossover.grid import finished_runs, is_finished
+    from megatron_dlm.crossover.grid import finished_runs, folder_of
     from megatron_dlm.crossover.report import as_json, markdown
     from megatron_dlm.files import write_text
 
     cells = analyse(finished_runs(crossover))
     if not cells:
         raise ConfigError(f"no arm in {crossover.directory} is finished; run the command without --report")
-    unfinished = [arm.name for arm, config in crossover.arms.items() if not is_finished(config)]
+    unfinished = [arm.name for arm, config in crossover.arms.items() if not folder_of(config).is_finished]
     text, outputs = markdown(cells, unfinished), [crossover.directory / f"crossover.{kind}" for kind in ("md", "json")]
     try:
         write_text(outputs[0], text)

@@ -6,17 +6,16 @@ interpolated but the place of a crossing between two such epochs.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from megatron_dlm.config.kinds import KINDS
-from megatron_dlm.errors import ConfigError
+from megatron_dlm.errors import DataError
+from megatron_dlm.run_folder import RunFolder
 
 _NORMAL_95 = 1.96
 _TASK = "task/"
@@ -127,29 +126,18 @@ def higher_is_better(metric: str) -> bool:
     return not metric.rpartition("/")[2].startswith(_LOWER_IS_BETTER)
 
 
-def read_run(arm: Arm, directory: Path) -> Run:
-    """The curves in a run's metrics.jsonl.
+def read_run(arm: Arm, folder: RunFolder) -> Run:
+    """The curves in a run's records.
 
-    Raises ``ConfigError`` where it is missing, is not one, or has no evaluation with a finite loss.
+    Raises ``DataError``, one line, where they cannot be read or have no evaluation with a finite loss.
     """
-    path = directory / "metrics.jsonl"
-    steps: dict[int, tuple[float, float]] = {}
-    evaluations: list[dict[str, Any]] = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for record in map(json.loads, file):
-                if "valid_nelbo" in record:
-                    evaluations.append(record)
-                else:
-                    steps[record["step"]] = (record["epoch"], _number(record.get("training_flops")))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; restore it, or remove {directory}") from None
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
-        raise ConfigError(f"{path} is damaged; restore it, or remove {directory} to train this arm again") from None
-    evaluations = [record for record in evaluations if record["step"] in steps]
+    records = folder.records()
+    # Evaluations know their step only; its record has the epoch and the FLOPs.
+    steps = {r["step"]: (_number(r.get("epoch")), _number(r.get("training_flops"))) for r in records.steps}
+    evaluations = [r for r in records.evaluations if r["step"] in steps and math.isfinite(steps[r["step"]][0])]
     loss = _curve(evaluations, steps, "valid_nelbo", "valid_nelbo_ci95", 1.0)
     if not len(loss.epochs):
-        raise ConfigError(f"{path} has no evaluation; remove {directory} to train this arm again")
+        raise DataError(f"{folder.metrics} has no evaluation; remove {folder.path} to train this arm again")
     names = sorted({key for record in evaluations for key in record if key.startswith(_TASK)})
     tasks = {
         name.removeprefix(_TASK): _curve(evaluations, steps, name, f"{name}_stderr", _NORMAL_95)
@@ -201,8 +189,8 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 def best(curve: Curve, *, higher: bool = False) -> Best:
     """The first of the lowest values, or of the highest."""
     index = int(np.argmax(curve.values) if higher else np.argmin(curve.values))
-    row = (float(array[index]) for array in (curve.values, curve.ci95, curve.epochs, curve.flops))
-    return Best(*row, at_end=index == len(curve.epochs) - 1)
+    value, ci95, epoch, flops = (float(row[index]) for row in (curve.values, curve.ci95, curve.epochs, curve.flops))
+    return Best(value, ci95, epoch, flops, at_end=index == len(curve.epochs) - 1)
 
 
 def compare(dlm: Curve, ar: Curve, *, higher: bool = False) -> Comparison:

@@ -115,7 +115,7 @@ def _legend(figure: Figure, colors: dict[str, str], axis: Axis, *, several: bool
         handles.append(Line2D([], [], color=GREY, linewidth=0.9, alpha=0.6, label="one seed"))
     handles.append(Line2D([], [], color=GREY, linestyle="", marker="o", markersize=6, label="best of the mean"))
     if axis == "epochs":
-        mark = {"linestyle": "", "marker": "*", "markersize": 12, "color": "#FFD23F", "markeredgecolor": "black"}
-        handles.append(Line2D([], [], label="the curves cross", **mark))
+        mark: dict[str, Any] = {"linestyle": "", "marker": "*", "markersize": 12, "color": "#FFD23F"}
+        handles.append(Line2D([], [], label="the curves cross", markeredgecolor="black", **mark))
     handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.3, label="unigram cross-entropy"))
     figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9, frameon=False)

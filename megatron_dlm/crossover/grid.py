@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from megatron_dlm.config.load import build, read_stored, read_yaml, to_dict
 from megatron_dlm.config.tree import Config, ModelConfig
 from megatron_dlm.crossover.curves import Arm, Run, read_run
 from megatron_dlm.errors import ConfigError
-from megatron_dlm.launch import DONE
+from megatron_dlm.run_folder import RunFolder
 
 # Keys that do not change what an arm learns or what is recorded of it.
 _FREE = {
@@ -169,9 +168,10 @@ def _arms(grid: Grid) -> list[Arm]:
     """One pair after the other, so that first results come early."""
     own = grid.autoregressive
     arms = []
+    dropouts: list[float | None] = [*own.dropout] if own.dropout else [None]
     for model, tokens, seed in itertools.product(grid.models, sorted(grid.unique_tokens), grid.seeds):
         arms.append(Arm(model, tokens, "masked_diffusion", seed))
-        for ratio, dropout in itertools.product(own.input_mask_ratio, own.dropout or [None]):
+        for ratio, dropout in itertools.product(own.input_mask_ratio, dropouts):
             arms.append(Arm(model, tokens, "autoregressive", seed, ratio, dropout))
     return arms
 
@@ -196,31 +196,29 @@ def _configure(arm: Arm, base: Config, grid: Grid, directory: Path) -> Config:
     return config
 
 
-def is_finished(config: Config) -> bool:
-    """Whether the arm's run has ended at its last step."""
-    try:
-        status = json.loads(Path(config.run.directory, "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(status, dict) and status.get("exit_code") == DONE
+def folder_of(config: Config) -> RunFolder:
+    """The arm's run folder."""
+    return RunFolder(Path(config.run.directory))
 
 
 def finished_runs(crossover: Crossover) -> list[Run]:
-    """What the finished arms have on record. Raises ``ConfigError`` for a record that cannot be read."""
-    return [read_run(arm, Path(c.run.directory)) for arm, c in crossover.arms.items() if is_finished(c)]
+    """What the finished arms have on record. Raises ``DataError`` for records that cannot be read."""
+    folders = {arm: folder_of(config) for arm, config in crossover.arms.items()}
+    return [read_run(arm, folder) for arm, folder in folders.items() if folder.is_finished]
 
 
 def check_recorded(crossover: Crossover) -> None:
     """Raise ``ConfigError`` for a folder that contradicts its arm: another configuration, or another thing."""
     for config in crossover.arms.values():
-        directory = Path(config.run.directory)
+        folder = folder_of(config)
+        directory = folder.path
         if directory.exists() and not directory.is_dir():
             raise ConfigError(f"{directory} is a file, so this arm cannot be trained; move it away or choose --output")
-        if not (directory / "config.yaml").exists():
+        if not folder.config.exists():
             continue
         if not (directory / "arm.json").exists():
             raise ConfigError(f"{directory} holds a run that is not of a crossover; move it away or choose --output")
-        recorded = read_stored(directory / "config.yaml")
+        recorded = read_stored(folder.config)
         if difference := first_difference(_bound(recorded), _bound(config)):
             key, before, now = difference
             raise ConfigError(

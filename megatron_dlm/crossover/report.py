@@ -1,4 +1,4 @@
-"""What a grid of paired runs says: the table, and a verdict in words that claims no more than was measured."""
+"""What a grid of paired runs says, as tables and as JSON: no more than was measured, and all of its errors."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_dlm.crossover.cells import Cell, Pairing, mean
-from megatron_dlm.crossover.curves import Comparison, Curve, Potential, best
-from megatron_dlm.formatting import format_count
+from megatron_dlm.crossover.curves import Curve, best
+from megatron_dlm.formatting import markdown_table
 
 DEFINITIONS = {
     "loss": "held-out nats per token: of a DLM the NELBO, a bound that its likelihood may beat; of an AR exact",
-    "crossing": "the epoch from which on the DLM is better than the AR at equal epochs, linear between evaluations",
-    "intervals": "(a to b) is the range over seeds; +- is the 95 % interval of the held-out error, from the sequences",
-    "best": "of all evaluations of a run, so chosen on the held-out data; of the AR also over its variants",
-    "data potential": "unique tokens with which the AR at its best reaches the DLM's best, over those of the DLM",
-    "FLOPs": "of training, forward and backward, without recomputation, up to the best evaluation",
+    "crossing": "the epoch from which on the DLM is better than the AR at equal epochs, linear between evaluations; "
+    "always: it is better from the first evaluation on; never: it is not better at the last common epoch; apart: "
+    "fewer than two common epochs",
+    "gap": "DLM minus AR, for the last one at their last common epoch",
+    "intervals": "(a to b) is the range over seeds; +- is the 95 % interval of the held-out error, from the sequences, "
+    "and held-out error is the earliest and the latest crossing within it",
+    "best": "of all evaluations of a run, so chosen on the held-out data; of the AR also over its variants; where it "
+    "is the last evaluation, longer training may give a better one",
+    "better": "whose best is better, if the intervals of all seeds say so; a crossing does not make the better model",
+    "data potential": "unique tokens with which the AR at its best reaches the DLM's best, over those of the DLM; "
+    "> and <=: beyond the budgets of the grid",
+    "FLOPs": "of training, forward and backward, without recomputation, up to the best evaluation; at best: of the "
+    "DLM over those of the AR; at equal loss: up to where the DLM reaches the AR's best",
 }
 
 
@@ -27,11 +35,10 @@ def spread(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def table(cells: Sequence[Cell]) -> str:
-    """Every kind of arm on a line of a Markdown table, means over seeds with their ranges."""
-    rows = [
-        ["model", "unique tokens", "arm", "seeds", "best loss", "at epoch", "last loss", "at epoch", "FLOPs at best"]
-    ]
+def arms_table(cells: Sequence[Cell]) -> list[list[str]]:
+    """A row for every kind of arm, means over seeds with their ranges; the first row is the head."""
+    head = ["model", "unique tokens", "arm", "seeds", "best loss", "at epoch", "best is last", "last loss", "at epoch"]
+    rows = [[*head, "FLOPs at best"]]
     for cell in cells:
         for variant, runs in cell.arms.items():
             found = [best(run.loss) for run in runs.values()]
@@ -43,151 +50,101 @@ def table(cells: Sequence[Cell]) -> str:
                     str(len(runs)),
                     spread([b.value for b in found]),
                     spread([b.epoch for b in found], 1),
+                    f"{sum(b.at_end for b in found)} of {len(found)}",
                     spread([float(run.loss.values[-1]) for run in runs.values()]),
                     f"{mean(float(run.loss.epochs[-1]) for run in runs.values()):.1f}",
                     f"{mean(b.flops for b in found):.3g}",
                 ]
             )
-    return _markdown(rows)
+    return rows
 
 
-def crossing_table(cells: Sequence[Cell]) -> str:
-    """Every comparison of same-epoch curves on a line of a Markdown table."""
-    rows = [["model", "unique tokens", "figure", "DLM against", "seeds that cross", "at epoch", "last gap", "at epoch"]]
+def crossing_table(cells: Sequence[Cell]) -> list[list[str]]:
+    """A row for every comparison of same-epoch curves; the first row is the head."""
+    head = ["model", "unique tokens", "figure", "DLM against", "crossing", "at epoch", "held-out error", "last gap"]
+    rows = [[*head, "+-", "at epoch"]]
     for cell in cells:
         for pairing in cell.pairings:
-            known = [c for c in pairing.by_seed.values() if c.gap is not None and c.last_epoch is not None]
+            found = pairing.by_seed.values()
+            gaps = [c.gap for c in found if c.gap is not None]
+            ends = [c.last_epoch for c in found if c.last_epoch is not None]
             rows.append(
                 [
                     cell.model,
                     f"{cell.unique_tokens:,}",
                     pairing.metric,
                     pairing.variant,
-                    f"{len(pairing.epochs)} of {len(pairing.by_seed)}",
-                    spread(pairing.epochs, 1) if pairing.epochs else "none",
-                    spread([c.gap for c in known if c.gap is not None], sign="+") if known else "",
-                    f"{mean(c.last_epoch for c in known):.1f}" if known else "",
+                    _kinds(pairing),
+                    spread(pairing.epochs, 1) if pairing.epochs else "",
+                    _held_out_error(pairing),
+                    spread(gaps, sign="+") if gaps else "",
+                    f"{max(c.gap_ci95 for c in found if c.gap_ci95 is not None):.3f}" if gaps else "",
+                    f"{mean(ends):.1f}" if ends else "",
                 ]
             )
-    return _markdown(rows)
+    return rows
 
 
-def _markdown(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+def _kinds(pairing: Pairing) -> str:
+    """``crosses``, or ``crosses 1 of 3, never 2 of 3`` where the seeds differ."""
+    kinds = [comparison.kind for comparison in pairing.by_seed.values()]
+    counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+    return kinds[0] if len(counts) == 1 else ", ".join(f"{k} {n} of {len(kinds)}" for k, n in counts.items())
 
 
-def verdict(cell: Cell) -> list[str]:
-    """Sentences on one cell: same-epoch crossings, best against best, data potential, FLOPs."""
-    if not cell.pairings:
-        return ["No finished pair of a DLM and an AR with one seed: nothing can be compared."]
-    lines = [_crossing_sentence(pairing) for pairing in cell.pairings]
-    return [*lines, _best_sentence(cell), _potential_sentence(cell), _flops_sentence(cell)]
-
-
-def _crossing_sentence(pairing: Pairing) -> str:
-    figure = "loss" if pairing.metric == "loss" else f"`{pairing.metric}`"
-    unit = " nats per token" if pairing.metric == "loss" else ""
-    known = {seed: c for seed, c in pairing.by_seed.items() if c.kind != "apart"}
-    start = f"Same epochs, {figure}, DLM against {pairing.variant}: "
-    if not known:
-        return start + "fewer than two common epochs, so nothing can be compared."
-    found = [_crossings([c for c in known.values() if c.kind == "crosses"], pairing.epochs)] if pairing.epochs else []
-    kinds = {
-        "crosses": found[0] if found else "",
-        "always": "the DLM is better from the first evaluation on",
-        "never": "no crossing, the DLM is not better at the last common epoch",
-    }
-    parts = []
-    for kind, words in kinds.items():
-        seeds = [str(seed) for seed, c in known.items() if c.kind == kind]
-        if seeds:
-            parts.append(words if len(seeds) == len(known) else f"in {len(seeds)} of {len(known)} seeds {words}")
-    compared = list(known.values())
-    gaps = [c.gap for c in compared if c.gap is not None]
-    error = max(c.gap_ci95 for c in compared if c.gap_ci95 is not None)
-    epoch = mean(c.last_epoch for c in compared if c.last_epoch is not None)
-    parts.append(
-        f"at the last common epoch ({epoch:.1f}) DLM minus AR is {spread(gaps, sign='+')} +- {error:.3f}{unit}"
-    )
-    return start + "; ".join(parts) + "."
-
-
-def _crossings(crossing: Sequence[Comparison], epochs: Sequence[float]) -> str:
-    """Where they cross, in words, with both kinds of error."""
-    earliest = min(c.low for c in crossing if c.low is not None)
+def _held_out_error(pairing: Pairing) -> str:
+    """The earliest and the latest epoch at which the seeds that cross may do so; empty where none does."""
+    crossing = [comparison for comparison in pairing.by_seed.values() if comparison.kind == "crosses"]
+    if not crossing:
+        return ""
     late = [c.high for c in crossing if c.high is not None]
     latest = f"{max(late):.1f}" if len(late) == len(crossing) else "beyond the last"
-    several = max(c.crossings for c in crossing)
-    repeated = f", the last of up to {several} crossings" if several > 1 else ""
-    error = f"with the held-out error {earliest:.1f} to {latest}"
-    return f"the curves cross at epoch {spread(epochs, 1)}{repeated}, {error}"
+    return f"{min(c.low for c in crossing if c.low is not None):.1f} to {latest}"
 
 
-def _best_sentence(cell: Cell) -> str:
-    gaps, errors = zip(*cell.best_gap.values(), strict=True)
-    dlm = [cell.best("DLM", seed) for seed in cell.pairs]
-    ar = [b for seed in cell.pairs if (b := cell.best_ar(seed))]
-    values = (
-        f"DLM {spread([b.value for b in dlm])} at epoch {spread([b.epoch for b in dlm], 1)}, "
-        f"AR {spread([b.value for b in ar])} at epoch {spread([b.epoch for b in ar], 1)}"
-    )
-    if all(gap + error < 0 for gap, error in cell.best_gap.values()):
-        claim = "the best DLM is better than the best AR"
-    elif all(gap - error > 0 for gap, error in cell.best_gap.values()):
-        claim = "the best AR is better than the best DLM"
-        if any(p.epochs and p.metric == "loss" for p in cell.pairings):
-            claim += " (a crossing of same-epoch curves does not make the better model)"
-    else:
-        claim = "which is better is not decided"
-    late = "; the DLM's best is its last evaluation, so longer training may move this and what follows"
-    rest = late if any(b.at_end for b in dlm) else ""
-    return f"Best against best: {claim}: {values}, difference {spread(gaps, sign='+')} +- {max(errors):.3f}{rest}."
-
-
-def _potential_sentence(cell: Cell) -> str:
-    potential = cell.potential
-    assert potential is not None, "a pair has a potential"
-    each = [_multiple(p, cell) for p in cell.potential_by_seed.values()]
-    seeds = f" (by seed: {', '.join(each)})" if len(set(each)) > 1 else ""
-    start = f"Data potential at {cell.unique_tokens:,} unique tokens: {_multiple(potential, cell)}{seeds}: "
-    if potential.relation == ">":
-        return (
-            f"{start}not reached within the grid, with up to {potential.tokens:,.0f} no AR is as good as the best DLM."
+def best_table(cells: Sequence[Cell]) -> list[list[str]]:
+    """A row for every cell that has pairs: best against best, and what that costs; the first row is the head."""
+    head = ["model", "unique tokens", "better", "gap of the best", "+-", "data potential"]
+    rows = [[*head, "FLOPs at best", "FLOPs at equal loss"]]
+    for cell in cells:
+        if cell.potential is None:
+            continue
+        gaps, errors = zip(*cell.best_gap.values(), strict=True)
+        multiple = f"{cell.potential.tokens / cell.unique_tokens:.3g}x"
+        at_best, at_equal_loss = _flops(cell)
+        rows.append(
+            [
+                cell.model,
+                f"{cell.unique_tokens:,}",
+                cell.better,
+                spread(gaps, sign="+"),
+                f"{max(errors):.3f}",
+                multiple if cell.potential.relation == "=" else f"{cell.potential.relation} {multiple}",
+                at_best,
+                at_equal_loss,
+            ]
         )
-    if potential.relation == "<=":
-        return f"{start}with {potential.tokens:,.0f}, the smallest budget, the best AR is no worse than the best DLM."
-    return f"{start}the best AR is as good as the best DLM with about {format_count(potential.tokens)}, interpolated."
+    return rows
 
 
-def _multiple(potential: Potential, cell: Cell) -> str:
-    words = {"=": "", ">": "more than ", "<=": "at most "}
-    return f"{words[potential.relation]}{potential.tokens / cell.unique_tokens:.3g}x"
-
-
-def _flops_sentence(cell: Cell) -> str:
+def _flops(cell: Cell) -> tuple[str, str]:
+    """Multiples of the AR's training FLOPs: at best, and where the DLM reaches the AR's best loss."""
     known = [costs for costs in cell.costs.values() if math.isfinite(costs.ratio_at_best)]
     if not known:
-        return "Training FLOPs: not on record."
+        return "not on record", "not on record"
     equal = [ratio for costs in known if (ratio := costs.ratio_at_equal_loss) is not None]
-    seeds = f" in {len(equal)} of {len(known)} seeds" if len(equal) < len(known) else ""
-    reached = f"it gets to the AR's best loss with {spread(equal, 2)}{seeds}" if equal else "it never gets there"
-    at_best = spread([costs.ratio_at_best for costs in known], 2)
-    return f"Training FLOPs: the DLM at its best has used {at_best} times those of the AR at its best loss; {reached}."
+    seeds = f" in {len(equal)} of {len(known)}" if len(equal) < len(known) else ""
+    reached = f"{spread(equal, 2)}x{seeds}" if equal else "never reached"
+    return f"{spread([costs.ratio_at_best for costs in known], 2)}x", reached
 
 
 def markdown(cells: Sequence[Cell], unfinished: Sequence[str]) -> str:
     """The whole report."""
-    parts = ["# Crossover", table(cells), crossing_table(cells)]
-    for cell in cells:
-        parts.append(f"## {cell.model}, {cell.unique_tokens:,} unique tokens")
-        parts.append("\n".join(f"- {line}" for line in verdict(cell)))
+    tables = [arms_table(cells), crossing_table(cells), best_table(cells)]
+    parts = ["# Crossover", *("\n".join(markdown_table(rows)) for rows in tables if len(rows) > 1)]
     if unfinished:
         parts.append(f"Not finished, so left out: {', '.join(unfinished)}.")
-    parts.append("\n".join(f"{name}: {text}." for name, text in DEFINITIONS.items()))
+    parts.append("\n".join(f"- {name}: {text}." for name, text in DEFINITIONS.items()))
     return "\n\n".join(parts) + "\n"
 
 
@@ -219,12 +176,12 @@ def as_json(cells: Sequence[Cell], unfinished: Sequence[str]) -> dict[str, Any]:
                     }
                     for pairing in cell.pairings
                 ],
+                "better": cell.better,
                 "best_gap": {seed: {"gap": gap, "ci95": ci95} for seed, (gap, ci95) in cell.best_gap.items()},
                 "flops_multiple": {seed: costs.ratio_at_best for seed, costs in cell.costs.items()},
                 "flops_multiple_at_equal_loss": {seed: costs.ratio_at_equal_loss for seed, costs in cell.costs.items()},
                 "data_potential": cell.potential._asdict() if cell.potential else None,
                 "data_potential_by_seed": {seed: p._asdict() for seed, p in cell.potential_by_seed.items()},
-                "verdict": verdict(cell),
             }
         )
     return _plain({"definitions": DEFINITIONS, "cells": described, "unfinished": list(unfinished)})

@@ -118,7 +118,7 @@ class RunLog:
             )
         if checkpoint:
             say(f"checkpoint {checkpoint}")
-        plot = f"python tools/plot.py {training.config.run.directory}"
+        plot = f"megatron-dlm plot {training.config.run.directory}"
         say(f"next       {plot if finished else 'the same command continues the run'}")
 
 

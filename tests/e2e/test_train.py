@@ -83,7 +83,7 @@ def test_train_continue_and_plot(config: Path) -> None:
     assert "resume     " in second.stdout and "step-00000012" in second.stdout
     assert [r["step"] for r in records(config) if "loss" in r] == list(range(1, 15))
 
-    plot = run(str(directory), module="tools.plot")
+    plot = run("plot", str(directory))
     assert plot.returncode == 0, plot.stderr
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
 

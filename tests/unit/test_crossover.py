@@ -1,4 +1,4 @@
-"""Curves of paired runs, compared: where they cross, best against best, data potential, and what is said of it."""
+"""Curves of paired runs, compared: where they cross, best against best, data potential, and how it is reported."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from megatron_dlm.crossover.curves import (
     read_run,
 )
 from megatron_dlm.crossover.figure import draw
-from megatron_dlm.crossover.report import as_json, markdown, spread, verdict
-from megatron_dlm.errors import ConfigError
+from megatron_dlm.crossover.report import arms_table, as_json, best_table, crossing_table, markdown, spread
+from megatron_dlm.errors import DataError
+from megatron_dlm.run_folder import RunFolder
 
 EPOCHS = np.arange(1.0, 51.0)
 
@@ -57,6 +58,13 @@ def pair(seed: int, dlm: Any, ar: Any, tokens: int = 20_000, **options: Any) -> 
         run(Arm("small", tokens, "masked_diffusion", seed), dlm, flops=9.0, **options),
         run(Arm("small", tokens, "autoregressive", seed), ar, **options),
     ]
+
+
+def rows(table: list[list[str]]) -> list[dict[str, str]]:
+    """By the names in the head; one that stands twice is numbered."""
+    head, *rest = table
+    names = [name if head.count(name) == 1 else f"{name} {head[: i + 1].count(name)}" for i, name in enumerate(head)]
+    return [dict(zip(names, row, strict=True)) for row in rest]
 
 
 def test_the_crossing_of_two_lines_is_where_algebra_puts_it() -> None:
@@ -155,41 +163,50 @@ def test_the_miniature_crosses_and_its_best_dlm_is_still_not_the_better_model() 
     assert loss.epochs == crossings and 20 < crossings[0] < crossings[1] < 45
     assert cell.best_gap[0][0] == pytest.approx(2.4 - 2.4, abs=1e-9) and cell.best_gap[1][0] == pytest.approx(0.05)
     assert [costs.ratio_at_best for costs in cell.costs.values()] == pytest.approx([50 * 9 / 120] * 2)
-    lines = verdict(cell)
-    assert f"the curves cross at epoch {spread(crossings, 1)}" in lines[0]
-    assert "which is better is not decided" in lines[1] and "longer training may move this" in lines[1]
-    assert "at most 1x" in lines[2] and "has used 3.75 times" in lines[3]
-    assert "it never gets there" in verdict(analyse(runs[2:])[0])[3]
+    crossing, against = rows(crossing_table([cell]))[0], rows(best_table([cell]))[0]
+    assert crossing["crossing"] == "crosses" and crossing["at epoch 1"] == spread(crossings, 1)
+    errors = [(c.low, c.high) for c in loss.by_seed.values()]
+    assert crossing["held-out error"] == f"{min(low for low, _ in errors):.1f} to {max(high for _, high in errors):.1f}"
+    assert crossing["+-"] == f"{0.1 * math.sqrt(2):.3f}" and crossing["at epoch 2"] == "50.0"
+    assert against["better"] == "undecided" and against["data potential"] == "<= 1x"
+    assert against["gap of the best"] == "+0.025 (+0.000 to +0.050)" and against["+-"] == f"{0.1 * math.sqrt(2):.3f}"
+    assert against["FLOPs at best"] == "3.75x" and "in 1 of 2" in against["FLOPs at equal loss"]
+    assert rows(best_table(analyse(runs[2:])))[0]["FLOPs at equal loss"] == "never reached"
+    dlm, ar = sorted(rows(arms_table([cell])), key=lambda row: row["arm"], reverse=True)
+    assert (dlm["arm"], dlm["best is last"], ar["best is last"]) == ("DLM", "2 of 2", "0 of 2")
 
 
-def test_the_verdict_claims_the_better_model_only_from_the_best_of_both() -> None:
+def test_the_better_model_is_told_only_from_the_best_of_both() -> None:
     worse = analyse(pair(0, falling(3.9), u_shaped(5)))[0]
-    text = " ".join(verdict(worse))
-    assert "the curves cross at epoch" in text
-    assert "the best AR is better than the best DLM (a crossing of same-epoch curves does not make" in text
+    assert worse.pairings[0].by_seed[0].kind == "crosses" and worse.better == "AR"
     better = analyse(pair(0, falling(3.19), u_shaped(12)))[0]
-    assert "Best against best: the best DLM is better than the best AR" in " ".join(verdict(better))
+    assert better.better == "DLM"
     # 3.19 - 0.02 e is at most 2.4 from epoch 40 on.
-    assert f"gets to the AR's best loss with {40 * 9 / 120:.2f}." in verdict(better)[3]
+    assert rows(best_table([better]))[0]["FLOPs at equal loss"] == f"{40 * 9 / 120:.2f}x"
     # One seed that says otherwise, and nothing is decided.
     mixed = analyse([*pair(0, falling(3.2), u_shaped(12)), *pair(1, falling(3.9), u_shaped(12))])[0]
-    assert "which is better is not decided" in " ".join(verdict(mixed))
+    assert mixed.better == "undecided"
 
 
 def test_seeds_that_do_not_cross_are_counted() -> None:
-    (cell,) = analyse([*pair(0, falling(3.4), u_shaped(12)), *pair(1, falling(9.0), u_shaped(12))])
-    first = verdict(cell)[0]
-    assert "in 1 of 2 seeds the curves cross" in first and "in 1 of 2 seeds no crossing" in first
-    none = verdict(analyse(pair(1, falling(9.0), u_shaped(12)))[0])[0]
-    assert "no crossing, the DLM is not better at the last common epoch" in none and "the curves cross" not in none
+    cells = analyse([*pair(0, falling(3.4), u_shaped(12)), *pair(1, falling(9.0), u_shaped(12))])
+    assert rows(crossing_table(cells))[0]["crossing"] == "crosses 1 of 2, never 1 of 2"
+    none = rows(crossing_table(analyse(pair(1, falling(9.0), u_shaped(12)))))[0]
+    assert (none["crossing"], none["at epoch 1"], none["held-out error"]) == ("never", "", "")
+
+
+def test_a_crossing_that_the_error_may_undo_has_no_latest_epoch() -> None:
+    found = rows(crossing_table(analyse(pair(0, 2.05 - 0.002 * EPOCHS, np.full(50, 2.0)))))[0]
+    assert found["held-out error"] == "1.0 to beyond the last"
 
 
 def test_a_seed_without_its_pair_is_not_compared() -> None:
     runs = [*pair(0, falling(3.4), u_shaped(12)), pair(1, falling(1.0), u_shaped(12))[0]]
     (cell,) = analyse(runs)
     assert list(cell.pairings[0].by_seed) == [0] and list(cell.best_gap) == [0]
-    alone = analyse(runs[:1])[0]
-    assert verdict(alone) == ["No finished pair of a DLM and an AR with one seed: nothing can be compared."]
+    alone = analyse(runs[:1])
+    assert alone[0].better == "undecided" and not rows(crossing_table(alone)) and not rows(best_table(alone))
+    assert markdown(alone, []).count("\n|-") == 1, "an empty table is left out"
 
 
 def test_budgets_and_variants_of_a_grid() -> None:
@@ -204,7 +221,7 @@ def test_budgets_and_variants_of_a_grid() -> None:
     assert small.best_gap[0][0] == pytest.approx(2.0 - 2.4), "the best of the variants"
     # The AR's best falls from 2.4 to 1.8 between the budgets: 2.0 at two thirds of the way, in the logarithm.
     assert small.potential == (pytest.approx(10_000 * 4 ** (2 / 3)), "=")
-    assert f"Data potential at 10,000 unique tokens: {4 ** (2 / 3):.3g}x: " in verdict(small)[3]
+    assert rows(best_table([small]))[0]["data potential"] == f"{4 ** (2 / 3):.3g}x"
     assert large.potential == (pytest.approx(10_000 * 4 ** (2.5 / 3)), "=")
 
 
@@ -223,8 +240,16 @@ def test_the_report_is_json_and_markdown_and_names_what_is_left_out(tmp_path: Pa
     assert arm["name"] == "small-20000tokens-dlm-seed0" and arm["curves"]["loss"]["values"][49] == pytest.approx(2.4)
     assert arm["curves"]["hellaswag/acc"]["ci95"][0] is None
     text = markdown(cells, ["late"])
-    assert "Not finished, so left out: late." in text and "`hellaswag/acc`, DLM against AR: the curves cross" in text
-    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 2, "two whole tables"
+    assert "Not finished, so left out: late." in text
+    assert [(row["figure"], row["crossing"]) for row in rows(crossing_table(cells))] == [
+        ("loss", "crosses"),
+        ("hellaswag/acc", "crosses"),
+    ]
+    assert [(c["better"], c["data_potential"]) for c in read["cells"]] == [
+        ("undecided", {"tokens": 20_000, "relation": "<="}),
+        ("undecided", None),
+    ]
+    assert text.count("\n|-") == 3 and {line.count("|") for line in text.splitlines() if "|" in line} == {9, 11}
     for axis in ("epochs", "flops"):
         draw(cells, tmp_path / f"{axis}.png", axis)  # type: ignore[arg-type]
         assert (tmp_path / f"{axis}.png").read_bytes().startswith(b"\x89PNG")
@@ -245,7 +270,7 @@ def test_curves_are_read_from_a_runs_records(tmp_path: Path) -> None:
             loss = None if step == 4 else 4.0 - step / 10  # the loss was not finite
             lines.append({"step": step, "valid_nelbo": loss, "valid_nelbo_ci95": 0.2, "valid_unigram": 3.3})
             lines[-1] |= {"task/arc/acc": step / 10, "task/arc/acc_stderr": 0.01, "task/other": "text"}
-    found = read_run(Arm("small", 9, "masked_diffusion", 0), write(tmp_path, lines))
+    found = read_run(Arm("small", 9, "masked_diffusion", 0), RunFolder(write(tmp_path, lines)))
     assert found.loss.epochs.tolist() == [1, 3] and found.loss.values.tolist() == pytest.approx([3.8, 3.4])
     assert found.loss.flops.tolist() == [14, 42] and found.loss.ci95.tolist() == [0.2, 0.2]
     assert list(found.tasks) == ["arc/acc"] and found.tasks["arc/acc"].epochs.tolist() == [1, 2, 3]
@@ -256,14 +281,15 @@ def test_curves_are_read_from_a_runs_records(tmp_path: Path) -> None:
     ("lines", "message"),
     [
         (None, "No such file"),
-        (["{"], "is damaged"),
-        (["3"], "is damaged"),
+        (["{"], "metrics.jsonl:1 is no record"),
+        (["3"], "metrics.jsonl:1 is no record"),
+        ([{"step": 1, "valid_nelbo": 2.0}], "has no evaluation"),
         ([{"step": 1, "epoch": 1.0, "loss": 3.0}], "has no evaluation"),
     ],
 )
 def test_records_that_cannot_be_used_are_one_line(tmp_path: Path, lines: list[Any] | None, message: str) -> None:
     if lines is not None:
         write(tmp_path, lines)
-    with pytest.raises(ConfigError, match=message) as raised:
-        read_run(Arm("small", 9, "masked_diffusion", 0), tmp_path)
+    with pytest.raises(DataError, match=message) as raised:
+        read_run(Arm("small", 9, "masked_diffusion", 0), RunFolder(tmp_path))
     assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)

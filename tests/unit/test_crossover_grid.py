@@ -12,7 +12,7 @@ import yaml
 
 from megatron_dlm.cli import main
 from megatron_dlm.config.load import dump_yaml, to_dict
-from megatron_dlm.crossover.grid import Crossover, check_recorded, first_difference, is_finished, load_crossover
+from megatron_dlm.crossover.grid import Crossover, check_recorded, first_difference, folder_of, load_crossover
 from megatron_dlm.errors import ConfigError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("crossover*.yaml"))
@@ -156,7 +156,7 @@ def trained(folder: Path, crossover: Crossover) -> Path:
     (directory / "config.yaml").write_text(dump_yaml(config))
     (directory / "arm.json").write_text("{}")
     (directory / "status.json").write_text(json.dumps({"exit_code": 0, "reason": "done"}))
-    assert is_finished(config)
+    assert folder_of(config).is_finished
     return directory
 
 
@@ -210,7 +210,7 @@ def test_only_a_run_that_ended_well_is_finished(tmp_path: Path, text: str) -> No
     crossover = load(tmp_path, output=str(tmp_path / "out"))
     directory = trained(tmp_path, crossover)
     (directory / "status.json").write_text(text)
-    assert not is_finished(next(iter(crossover.arms.values())))
+    assert not folder_of(next(iter(crossover.arms.values()))).is_finished
 
 
 def test_the_first_difference_has_a_path() -> None:

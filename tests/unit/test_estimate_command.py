@@ -271,12 +271,12 @@ def test_a_file_cut_short_is_read_and_others_are_one_line(runs: dict[str, Path],
     assert read_points(tmp_path) == read_points(runs["ar"]) == [Point(s, x, 1e15 * s) for s, x in AR.items()]
     step, evaluation = '{"step": 1, "loss": 3.0}\n', '{"step": 1, "valid_nelbo": 2.0}\n'
     for content, message in (
-        (step + "step 2\n" + step, f"{file}:2 is not JSON"),
+        (step + "step 2\n" + step, f"{file}:2 is no record of a step"),
         (step + "[1]\n", f"{file}:2 is no record of a step"),
         (step, "has no held-out evaluation: train with data.valid"),
         (step + evaluation, "has no training_flops of the step of any evaluation"),
         (step + '{"step": 1, "valid_nelbo": null}\n', "has no finite valid_nelbo"),
-        (b"\xff\xfe", f"{file} is no text"),
+        (b"\xff\xfe\n", f"{file}:1 is no record of a step"),
     ):
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(DataError, match="^[^\n]+$"):

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib.figure
 import numpy as np
 import pytest
 
-from tools import plot
+from megatron_dlm.cli import main
+from megatron_dlm.figures.runs import AXES, running_mean
 
 STEPS = 40
 
@@ -58,18 +59,19 @@ def runs(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def figure(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that were drawn, which are closed only afterwards."""
+    """The figures that were drawn."""
     drawn: list[Any] = []
-    monkeypatch.setattr(plt, "close", drawn.append)
-    yield drawn
-    monkeypatch.undo()
-    plt.close("all")
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k)
+    )
+    return drawn
 
 
-@pytest.mark.parametrize("axis", plot.AXES)
+@pytest.mark.parametrize("axis", AXES)
 def test_overlay_has_all_panels_on_every_axis(axis: str, runs: list[Path], figure: list[Any], tmp_path: Path) -> None:
-    output = tmp_path / "new" / "figure.png"
-    assert plot.main([*map(str, runs[:2]), "--x", axis, "--output", str(output)]) == 0
+    output = tmp_path / "figure.png"
+    assert main(["plot", *map(str, runs[:2]), "--x", axis, "--output", str(output)]) == 0
     assert output.read_bytes().startswith(b"\x89PNG")
     panels = {panel.get_title(loc="left"): panel for panel in figure[0].axes if panel.get_title(loc="left")}
     assert list(panels) == [
@@ -80,7 +82,7 @@ def test_overlay_has_all_panels_on_every_axis(axis: str, runs: list[Path], figur
         "Learning rate",
         "Throughput",
     ]
-    assert plot.AXES[axis][1] in panels["Loss"].get_xlabel()
+    assert AXES[axis][1] in panels["Loss"].get_xlabel()
     assert not any(text.get_text() == "not on record" for panel in panels.values() for text in panel.texts)
     assert [text.get_text() for text in figure[0].legends[0].texts] == ["dlm", "ar"]
     unit = {"tokens": 4096 / 1e3, "epochs": 0.1, "steps": 1.0, "flops": 3.0}[axis]
@@ -91,7 +93,7 @@ def test_overlay_has_all_panels_on_every_axis(axis: str, runs: list[Path], figur
 
 
 def test_an_old_file_leaves_panels_empty(runs: list[Path], figure: list[Any], tmp_path: Path) -> None:
-    assert plot.main([str(runs[2])]) == 0
+    assert main(["plot", str(runs[2] / "metrics.jsonl")]) == 0
     empty = [panel.get_title(loc="left") for panel in figure[0].axes if panel.texts]
     assert empty == ["Loss by mask ratio", "Accuracy by mask ratio", "Gradient norm", "Learning rate", "Throughput"]
     assert (runs[2] / "loss.png").exists()
@@ -99,16 +101,20 @@ def test_an_old_file_leaves_panels_empty(runs: list[Path], figure: list[Any], tm
 
 def test_what_cannot_be_drawn_is_one_line(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text").write_text("step 1\nstep 2\n")
+    write(tmp_path / "untrained", [])
     for arguments, message in (
         ([str(runs[2]), "--x", "flops"], "does not record training_flops; choose --x from: tokens, steps"),
-        ([str(tmp_path / "nowhere")], "does not exist"),
-        ([str(tmp_path / "text")], "text:1 is not JSON"),
+        ([str(tmp_path / "nowhere")], "No such file"),
+        ([str(tmp_path / "text")], "text is no run's record"),
+        ([str(tmp_path / "untrained")], "has no training steps"),
+        ([str(runs[0]), "--output", str(tmp_path / "figure.gif")], "name it with one of .png, .svg, .pdf"),
+        ([str(runs[0]), "--output", str(tmp_path / "new" / "figure.png")], "is no directory; make it first"),
     ):
-        assert plot.main(arguments) == 2
+        assert main(["plot", *arguments]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
 
 
 def test_running_mean_leaves_out_what_is_not_finite() -> None:
     values = np.array([np.nan, 1.0, 3.0, np.inf, 5.0])
-    np.testing.assert_allclose(plot.running_mean(values, 2), [np.nan, 1.0, 2.0, 3.0, 5.0])
+    np.testing.assert_allclose(running_mean(values, 2), [np.nan, 1.0, 2.0, 3.0, 5.0])

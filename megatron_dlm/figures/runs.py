@@ -1,32 +1,23 @@
-"""Draws what one or several runs have learned, from their metrics.jsonl.
-
-    python tools/plot.py runs/demo [runs/other ...] [--x tokens|epochs|steps|flops] [--output FILE.png]
+"""The figure of `megatron-dlm plot`: what one or several runs have learned, from their records.
 
 Six panels; a colour is a run. Loss: the training loss (faint, with its running mean), the held-out NELBO with its 95 %
 interval, and the held-out unigram cross-entropy (dotted), which token frequencies alone reach. Cross-entropy and
 accuracy of the masked tokens by the mask ratio of their sequence, over the last quarter of the steps; a run that always
 scores all tokens (autoregressive) is a dashed line. Gradient norm, with crosses at skipped steps. Learning rate.
-Throughput of one device: tokens per second, and TFLOP/s (dashed). What a file does not have is left out.
+Throughput of one device: tokens per second, and TFLOP/s (dashed). What is not on record is left out.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
-
-from megatron_dlm.figures.style import COLORS, STYLE  # noqa: E402
+from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.figures.style import COLORS, GREY, STYLE, save
+from megatron_dlm.run_folder import Records, RunFolder
 
 AXES = {
     "tokens": ("consumed_tokens", "training tokens"),
@@ -34,6 +25,7 @@ AXES = {
     "steps": ("step", "training steps"),
     "flops": ("training_flops", "training FLOPs"),
 }
+"""What may be on the x axis: the key of a step's record, and the label."""
 
 
 class Run(NamedTuple):
@@ -55,54 +47,44 @@ class Run(NamedTuple):
         return running_mean(self.values(key), max(1, len(self.steps) // 50))
 
 
-def read_records(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(training records, evaluation records) of a metrics.jsonl. Raises ``ValueError`` where there are none."""
-    steps, evaluations = [], []
-    if path.is_dir():
-        path = path / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a run's directory or its metrics.jsonl")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):  # cut short by a kill
-                break
-            raise ValueError(f"{path}:{number} is not JSON; give a run's metrics.jsonl") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number} is not a record; give a run's metrics.jsonl")
-        if "valid_nelbo" in record:
-            if record["valid_nelbo"] is not None:  # not finite
-                evaluations.append(record)
-        elif {"step", "loss"} <= record.keys():
-            steps.append(record)
-    if not steps:
-        raise ValueError(f"{path} has no training steps; give a run's metrics.jsonl")
-    return steps, evaluations
+def read_runs(paths: Sequence[str | Path], axis: str) -> tuple[list[Run], str]:
+    """The runs, and the label of the x axis.
 
+    Args:
+        paths: folders of runs, or their metrics.jsonl.
+        axis: one of ``AXES``.
 
-def read_runs(paths: Sequence[Path], axis: str) -> tuple[list[Run], str]:
-    """The runs, and the label of the x axis. Raises ``ValueError`` for files that cannot be drawn over ``axis``."""
+    Raises:
+        ConfigError: a run does not record what ``axis`` needs.
+        DataError: the records of a run cannot be read, or there are none of a training step.
+    """
     key, label = AXES[axis]
-    read = [read_records(path) for path in paths]
-    for path, (steps, _) in zip(paths, read, strict=True):
+    folders = [RunFolder.at(path) for path in paths]
+    read = [_read(folder) for folder in folders]
+    for folder, (steps, _) in zip(folders, read, strict=True):
         if any(record.get(key) is None for record in steps):
-            known = [
-                name for name, (other, _) in AXES.items() if all(record.get(other) is not None for record in steps)
-            ]
-            raise ValueError(f"{path} does not record {key}; choose --x from: {', '.join(known)}")
-    largest = max(float(record[key]) for steps, _ in read for record in steps)
-    scale, unit = _unit(largest, axis)
+            known = [name for name, (other, _) in AXES.items() if all(r.get(other) is not None for r in steps)]
+            raise ConfigError(f"{folder.metrics} does not record {key}; choose --x from: {', '.join(known)}")
+    # One unit for all runs, which share the axis.
+    scale, unit = _unit(max(float(record[key]) for steps, _ in read for record in steps), axis)
     runs = []
-    for index, (path, (steps, evaluations)) in enumerate(zip(paths, read, strict=True)):
-        name = path.resolve().name if path.is_dir() else path.resolve().parent.name
+    for index, (folder, (steps, evaluations)) in enumerate(zip(folders, read, strict=True)):
         x = np.array([record[key] for record in steps], dtype=float) / scale
-        runs.append(Run(name, COLORS[index % len(COLORS)], steps, evaluations, x))
+        runs.append(Run(folder.path.resolve().name, COLORS[index % len(COLORS)], steps, evaluations, x))
     return runs, label + unit
 
 
+def _read(folder: RunFolder) -> Records:
+    """The records of training steps and of evaluations whose loss is finite."""
+    records = folder.records()
+    steps = [record for record in records.steps if "loss" in record]
+    if not steps:
+        raise DataError(f"{folder.metrics} has no training steps; give a run's directory or its metrics.jsonl")
+    return Records(steps, [record for record in records.evaluations if record["valid_nelbo"] is not None])
+
+
 def _unit(largest: float, axis: str) -> tuple[float, str]:
+    """What to divide the numbers of an axis by, and how its label says so."""
     if axis == "flops":
         exponent = 3 * int(np.floor(np.log10(max(largest, 1.0)) / 3))
         return 10.0**exponent, rf" ($10^{{{exponent}}}$)" if exponent else ""
@@ -140,8 +122,10 @@ def skipped(run: Run) -> np.ndarray:
     return run.x[np.flatnonzero(np.diff(count, prepend=0.0) > 0)]
 
 
-def draw_loss(axes: Axes, runs: list[Run]) -> None:
+def _draw_loss(axes: Any, runs: list[Run]) -> None:
     """Training loss, held-out NELBO, unigram cross-entropy."""
+    from matplotlib.lines import Line2D
+
     unigrams: dict[float, str] = {}
     shown = []
     for run in runs:
@@ -169,29 +153,31 @@ def draw_loss(axes: Axes, runs: list[Run]) -> None:
             if known[-1].get("valid_unigram") is not None:
                 unigrams.setdefault(round(known[-1]["valid_unigram"], 6), run.color)
     for value, color in unigrams.items():
-        axes.axhline(value, color=color if len(unigrams) > 1 else "#444444", linestyle=":", linewidth=1.4)
+        axes.axhline(value, color=color if len(unigrams) > 1 else GREY, linestyle=":", linewidth=1.4)
     # A single step is noisy; the axis shows the curves and cuts the noise.
     finite = np.concatenate([np.array(list(unigrams)), *shown])
     finite = finite[np.isfinite(finite)]
     if finite.size and finite.max() > finite.min():
         margin = 0.06 * (finite.max() - finite.min())
         axes.set_ylim(finite.min() - 2 * margin, finite.max() + margin)
-    entries = [
+    entries: list[tuple[str, Any, str, float]] = [
         ("training", "-", "", 1.0),
         ("held-out, 95 % interval", "-", "o", 2.0),
         ("held-out unigram", ":", "", 1.4),
     ]
     axes.legend(
         handles=[
-            Line2D([], [], color="#444444", linestyle=line, marker=marker, markersize=4.5, linewidth=width, label=label)
+            Line2D([], [], color=GREY, linestyle=line, marker=marker, markersize=4.5, linewidth=width, label=label)
             for label, line, marker, width in entries
         ],
         loc="upper right",
     )
 
 
-def draw_by_mask_ratio(axes: Axes, runs: list[Run], key: str) -> None:
+def _draw_by_mask_ratio(axes: Any, runs: list[Run], key: str) -> None:
     """One curve a run over the mask ratio; a dashed line where there is only one bucket."""
+    from matplotlib.lines import Line2D
+
     for run in runs:
         ratios, values = by_mask_ratio(run.steps, key)
         if len(ratios) == 1:
@@ -201,11 +187,13 @@ def draw_by_mask_ratio(axes: Axes, runs: list[Run], key: str) -> None:
     axes.set_xlim(0, 1)
     axes.set_xticks(np.linspace(0, 1, 6))
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(handles=[Line2D([], [], color="#444444", linestyle="--", label="all tokens scored")])
+        axes.legend(handles=[Line2D([], [], color=GREY, linestyle="--", label="all tokens scored")])
 
 
-def draw_gradient_norm(axes: Axes, runs: list[Run]) -> None:
+def _draw_gradient_norm(axes: Any, runs: list[Run]) -> None:
     """Gradient norm on a logarithmic axis; crosses at the bottom mark skipped steps."""
+    from matplotlib.lines import Line2D
+
     marks = False
     for run in runs:
         axes.plot(run.x, run.values("grad_norm"), color=run.color, linewidth=0.6, alpha=0.3)
@@ -219,10 +207,10 @@ def draw_gradient_norm(axes: Axes, runs: list[Run]) -> None:
             axes.plot(where, np.full(len(where), 0.03), "x", color=run.color, markersize=6, transform=bottom)
     axes.set_yscale("log")
     if marks:
-        axes.legend(handles=[Line2D([], [], color="#444444", linestyle="", marker="x", label="skipped step")])
+        axes.legend(handles=[Line2D([], [], color=GREY, linestyle="", marker="x", label="skipped step")])
 
 
-def draw_learning_rate(axes: Axes, runs: list[Run]) -> None:
+def _draw_learning_rate(axes: Any, runs: list[Run]) -> None:
     """Learning rate of every step."""
     for run in runs:
         axes.plot(run.x, run.values("lr"), color=run.color, linewidth=1.6)
@@ -230,7 +218,7 @@ def draw_learning_rate(axes: Axes, runs: list[Run]) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
 
 
-def draw_throughput(axes: Axes, runs: list[Run]) -> None:
+def _draw_throughput(axes: Any, runs: list[Run]) -> None:
     """Tokens per second on the left axis, TFLOP/s (dashed) on the right one."""
     right = axes.twinx()
     right.spines["right"].set_visible(True)
@@ -247,59 +235,59 @@ def draw_throughput(axes: Axes, runs: list[Run]) -> None:
         panel.set_ylim(0, margin * top or 1.0)
 
 
-def draw(paths: Sequence[Path], output: Path, axis: str = "tokens") -> None:
-    """Write the figure. Raises ``ValueError`` or ``OSError`` for files that cannot be drawn."""
-    runs, label = read_runs(paths, axis)
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(2, 3, figsize=(15.5, 8.6), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
-        (loss, loss_by_ratio, accuracy_by_ratio), (gradient, rate, throughput) = panels
-        draw_loss(loss, runs)
-        loss.set(title="Loss", ylabel="nats per token", xlabel=label)
-        draw_by_mask_ratio(loss_by_ratio, runs, "loss_by_mask_ratio")
-        loss_by_ratio.set(title="Loss by mask ratio", ylabel="nats per masked token", xlabel="mask ratio")
-        draw_by_mask_ratio(accuracy_by_ratio, runs, "accuracy_by_mask_ratio")
-        accuracy_by_ratio.set(title="Accuracy by mask ratio", ylabel="masked tokens predicted", xlabel="mask ratio")
-        accuracy_by_ratio.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
-        accuracy_by_ratio.set_ylim(bottom=0)
-        draw_gradient_norm(gradient, runs)
-        gradient.set(title="Gradient norm", ylabel="L2 norm before clipping", xlabel=label)
-        draw_learning_rate(rate, runs)
-        rate.set(title="Learning rate", xlabel=label)
-        draw_throughput(throughput, runs)
-        throughput.set(title="Throughput", ylabel="tokens per second and device", xlabel=label)
-        for panel in panels.flat:
-            if not any(np.isfinite(line.get_ydata(orig=False).astype(float)).any() for line in panel.lines):
-                panel.text(0.5, 0.5, "not on record", transform=panel.transAxes, ha="center", color="#999999")
-                panel.set_yticks([])
-            if panel not in (loss_by_ratio, accuracy_by_ratio):
-                panel.set_xlim(0, 1.02 * max(float(run.x[-1]) for run in runs))
-        names = [Line2D([], [], color=run.color, linewidth=3, label=run.name) for run in runs]
-        figure.legend(handles=names, loc="outside upper center", ncols=min(len(runs), 6), fontsize=11, frameon=False)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=130)
-        plt.close(figure)
+def draw(runs: list[Run], label: str, output: Path) -> None:
+    """Write the figure in the format that the suffix of ``output`` names; written beside, then renamed.
+
+    Args:
+        runs: as ``read_runs`` returns them, with the ``label`` of their x axis.
+        output: the figure; its folder must be there.
+
+    Raises:
+        DataError: it cannot be written; then what was there before is unchanged.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(15.5, 8.6), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
+        _draw_panels(figure.subplots(2, 3), runs, label)
+        _legend(figure, runs)
+        try:
+            save(figure, output)
+        except OSError as error:
+            raise DataError(f"cannot write {output}: {error.strerror}; choose another file") from None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("metrics", nargs="+", type=Path, help="directory of a run, or its metrics.jsonl")
-    parser.add_argument("--x", choices=AXES, default="tokens", help="the x axis of what changes over training")
-    parser.add_argument("--output", type=Path, help="the figure (default: loss.png beside the first file)")
-    options = parser.parse_args(arguments)
-    first = options.metrics[0]
-    output = options.output or (first / "loss.png" if first.is_dir() else first.with_name("loss.png"))
-    if not output.suffix:
-        parser.error(f"--output {output} has no suffix, such as .png, .svg or .pdf")
-    try:
-        draw(options.metrics, output, options.x)
-    except (ValueError, OSError) as error:
-        print(f"plot: {error}", file=sys.stderr)
-        return 2
-    print(output)
-    return 0
+def _draw_panels(panels: Any, runs: list[Run], label: str) -> None:
+    """All six (an array [2, 3] of axes), with their titles; ``label`` is that of the x axis that runs share."""
+    from matplotlib.ticker import PercentFormatter
+
+    (loss, loss_by_ratio, accuracy_by_ratio), (gradient, rate, throughput) = panels
+    _draw_loss(loss, runs)
+    loss.set(title="Loss", ylabel="nats per token", xlabel=label)
+    _draw_by_mask_ratio(loss_by_ratio, runs, "loss_by_mask_ratio")
+    loss_by_ratio.set(title="Loss by mask ratio", ylabel="nats per masked token", xlabel="mask ratio")
+    _draw_by_mask_ratio(accuracy_by_ratio, runs, "accuracy_by_mask_ratio")
+    accuracy_by_ratio.set(title="Accuracy by mask ratio", ylabel="masked tokens predicted", xlabel="mask ratio")
+    accuracy_by_ratio.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    accuracy_by_ratio.set_ylim(bottom=0)
+    _draw_gradient_norm(gradient, runs)
+    gradient.set(title="Gradient norm", ylabel="L2 norm before clipping", xlabel=label)
+    _draw_learning_rate(rate, runs)
+    rate.set(title="Learning rate", xlabel=label)
+    _draw_throughput(throughput, runs)
+    throughput.set(title="Throughput", ylabel="tokens per second and device", xlabel=label)
+    for panel in panels.flat:
+        if not any(np.isfinite(line.get_ydata(orig=False).astype(float)).any() for line in panel.lines):
+            panel.text(0.5, 0.5, "not on record", transform=panel.transAxes, ha="center", color="#999999")
+            panel.set_yticks([])
+        if panel not in (loss_by_ratio, accuracy_by_ratio):
+            panel.set_xlim(0, 1.02 * max(float(run.x[-1]) for run in runs))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _legend(figure: Any, runs: list[Run]) -> None:
+    from matplotlib.lines import Line2D
+
+    names = [Line2D([], [], color=run.color, linewidth=3, label=run.name) for run in runs]
+    figure.legend(handles=names, loc="outside upper center", ncols=min(len(runs), 6), fontsize=11, frameon=False)
