@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except (ConfigError, DataError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        from megatron_dlm.launch import is_first_rank
+
+        if is_first_rank():
             print(f"megatron-dlm: error: {error}", file=sys.stderr)
         else:  # under torchrun every process finds the same error, and the first to end makes it kill the others
             time.sleep(_HEAD_START)

@@ -98,6 +98,11 @@ def started_by_torchrun() -> bool:
     return True
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one that prints and writes; known before there are process groups."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def count_workers(config: Config) -> int:
     """Processes to start on this machine. Raises ``ConfigError`` if it has too few GPUs."""
     import torch

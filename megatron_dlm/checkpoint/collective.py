@@ -22,7 +22,12 @@ _SECONDS_UNTIL_SHOWN = 10.0
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """What ``action`` gives on rank 0, on all ranks; collective. So is its error: no rank waits for another."""
+    """What ``action`` gives on rank 0, on all ranks; collective. So is its error: no rank waits for another.
+
+    A process without process groups is rank 0 of one.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return action()
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:

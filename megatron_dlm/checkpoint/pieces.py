@@ -37,6 +37,7 @@ def pieces(blocks: Iterable[Block], flat: Tensor, start: int, *, prefix: str = "
     """
     stop = start + flat.numel()
     for block in blocks:
+        # The part [low, high) of the block that is in `flat`, counted in elements of the parameter.
         low, high = max(start, block.begin), min(stop, block.begin + math.prod(block.sizes))
         for corner, sizes in rectangles(block.sizes, low - block.begin, high - block.begin):
             size = math.prod(sizes)
@@ -56,7 +57,7 @@ def rectangles(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tu
         yield (start,), (stop - start,)
         return
     row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # whole rows are [first, last)
+    first, last = -(-start // row), stop // row  # whole rows are [first, last); a row may be a tensor itself
     if first > last:  # all within one row
         yield from _in_row(shape, last, start - last * row, stop - last * row)
         return

@@ -162,11 +162,6 @@ def check_at_least(args: argparse.Namespace, **least: int) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least {number}")
 
 
-def is_first_rank() -> bool:
-    """Whether this process is the one that speaks, of those that torchrun has started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def say(line: str) -> None:
     """Write a line to stderr, where what is no result goes, so that a pipe gets the results alone."""
     print(line, file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ PYTHON_SUPPORTED = ((3, 11), (3, 13))
 # Import name, distribution, and what it is for.
 OPTIONAL = (
     ("triton", "triton", "GPU kernels"),
-    ("psutil", "psutil", "checkpoint writers (required)"),
+    ("psutil", "psutil", "memory, worker processes (required)"),
     ("sentencepiece", "sentencepiece", "SentencePiece tokenizers"),
     ("tokenizers", "tokenizers", "Hugging Face tokenizers"),
     ("transformers", "transformers", "Hugging Face models"),

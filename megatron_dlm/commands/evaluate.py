@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_dlm import launch
 from megatron_dlm.commands.common import (
     add_checkpoint,
     add_layout,
     add_tokens_per_batch,
+    check_at_least,
     layout_of,
     opened,
+    refusing,
+    say,
     tokens_per_batch,
 )
 from megatron_dlm.errors import ConfigError
@@ -107,28 +111,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(model: TextModel, path: str, asked: Asked, args: argparse.Namespace) -> None:
+    from megatron_dlm.checkpoint.collective import on_rank_zero
     from megatron_dlm.evaluation.provenance import PACKAGES, identify
-    from megatron_dlm.evaluation.ranks import is_first_rank, on_first_rank
     from megatron_dlm.evaluation.results import results_of, table
     from megatron_dlm.evaluation.run_tasks import open_answers
     from megatron_dlm.packages import versions
 
-    first = is_first_rank()
+    first = launch.is_first_rank()
     identity = identify(path, model)
     if first:
         print(f"model    {model.name}", flush=True)
     results: dict[str, dict[str, Any]] = {}
     with open_answers(model, args.output) as answers:
         if answers.note:
-            _say(f"note     {answers.note}")
+            say(f"note     {answers.note}")
         try:
             for name, result in results_of(model, identity, asked, answers):
                 results[name] = result
                 if first and (known := result.get("resumed")):
-                    _say(f"note     {name}: {known} of {result['questions']} questions are of an earlier run")
+                    say(f"note     {name}: {known} of {result['questions']} questions are of an earlier run")
         except KeyboardInterrupt:
             if args.output is not None and first:
-                _say("stopped; the same command goes on where it was")
+                say("stopped; the same command goes on where it was")
             raise
         if args.output is not None:
             given = vars(args) | {"tokens_per_batch": asked.options.likelihood.tokens_per_batch}
@@ -139,7 +143,7 @@ def _run(model: TextModel, path: str, asked: Asked, args: argparse.Namespace) ->
                 "options": {key: str(v) if isinstance(v, Path) else v for key, v in sorted(given.items())},
                 "results": results,
             }
-            on_first_rank(model, lambda: write_json(args.output, content))
+            on_rank_zero(lambda: write_json(args.output, content))
             answers.finish()
     if first:
         print("\n".join(table(results)))
@@ -167,9 +171,7 @@ def _names(args: argparse.Namespace) -> list[str]:
         )
     if any(name.startswith(LM_EVAL) for name in names) and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-eval's tasks need the package lm-eval: pip install 'megatron-dlm[eval]'")
-    for option, least in (("limit", 1), ("masks", 1), ("num_fewshot", 0)):
-        if (value := getattr(args, option)) is not None and value < least:
-            raise ConfigError(f"--{option.replace('_', '-')} is {value}; it must be at least {least}")
+    check_at_least(args, limit=1, masks=1, num_fewshot=0)
     if args.num_fewshot and not any(name == "mmlu" or name.startswith(LM_EVAL) for name in names):
         raise ConfigError("--num-fewshot is for mmlu and lm-eval's tasks; leave it out")
     return names
@@ -178,15 +180,13 @@ def _names(args: argparse.Namespace) -> list[str]:
 def _likelihood(args: argparse.Namespace) -> LikelihoodOptions:
     from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
 
-    try:
+    with refusing():
         return LikelihoodOptions(
             estimator=args.estimator,
             guidance=args.guidance,
             seed=args.seed,
             tokens_per_batch=tokens_per_batch(args),
         )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def _asked(names: list[str], likelihood: LikelihoodOptions, args: argparse.Namespace) -> Asked:
@@ -209,7 +209,3 @@ def _asked(names: list[str], likelihood: LikelihoodOptions, args: argparse.Names
         num_fewshot=args.num_fewshot,
         include_path=args.include_path,
     )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

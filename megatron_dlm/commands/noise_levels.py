@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     levels = _levels(args.levels)
     _check_outputs(args)
     layout = layout_of(args)
+    from megatron_dlm.checkpoint.collective import on_rank_zero
     from megatron_dlm.evaluation.noise_level_report import measure
-    from megatron_dlm.evaluation.ranks import on_first_rank
 
     with ExitStack() as stack:
         # All are opened first, so that what is wrong with the second shows before anything is computed.
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             limit_tokens=args.limit,
             tokens_per_batch=tokens_per_batch(args),
         )
-        on_first_rank(models[0], lambda: _report(tables, args))
+        on_rank_zero(lambda: _report(tables, args))
     return 0
 
 

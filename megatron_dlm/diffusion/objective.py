@@ -148,6 +148,7 @@ class MaskedDiffusion:
             eligible = torch.arange(seq, device=device) < lengths.to(device, non_blocking=True)[:, None]
             tokens = torch.where(eligible, tokens, self.end_of_document_id)
 
+        # The figure of a validation set must not depend on when it is computed: its noise is the same at every step.
         noise_step = 0 if purpose is Purpose.VALIDATION else step
         masked = mask_tokens(
             tokens,
@@ -160,6 +161,7 @@ class MaskedDiffusion:
             impl=self.implementation,
             **self._noise(sample_ids, counts, noise_step, global_batch_size, purpose, device),
         )
+        # Only the weighting of training may be another; the masks and the ELBO's weights are drawn in any case.
         rows = masked.rows.long()
         num_eligible = int(counts.sum())
         weighting = self.config.weighting if purpose is Purpose.TRAIN else "elbo"
@@ -219,6 +221,7 @@ class MaskedDiffusion:
             global_batch_size=global_batch_size,
             purpose=purpose,
         )
+        # The second of a pair masks what the first leaves visible, so both come from one level and one set of keys.
         complement = sample_ids % 2 == 1
         if paired:
             levels, weights = pair_levels_and_weights(config, u_levels, counts, complement)
@@ -332,6 +335,7 @@ def _end_of_document_id(vocabulary: Vocabulary) -> int:
 def _cart(rows: Tensor, batch: int, seq: int, eligible: Tensor | None) -> Tensor:
     """CART weights [n] float32 of the masked tokens `rows`, 0 in padding; masked and not eligible tokens are unseen."""
     total = batch * seq
+    # One element more than there are tokens: padding rows point there, and it is cut off.
     visible = torch.ones(total + 1, dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)[:total]
     visible = visible.view(batch, seq)
     weights = cart_weights(visible if eligible is None else visible & eligible).float().view(-1)

@@ -104,16 +104,21 @@ def _drawn_masks(options: LikelihoodOptions, group: int, length: int) -> Plan:
 
     k = floor(level * L') + 1, and the k tokens with the smallest keys are masked; or the tokens whose key is below p.
     """
+    # Draws [masks] in contiguous groups of nearly equal size; `place` counts from 0 in each group.
     draws = np.arange(options.masks)
     groups = min(options.masks, OFFSET_GROUPS)
     member = draws * groups // options.masks
     sizes = np.bincount(member)[member]
     place = draws - np.searchsorted(member, member)
+    # A shifted grid of each group's own offset: levels [masks] of 32 bits, spread evenly over the unit interval.
     offsets = _bits(options.seed, group, np.arange(groups), 0)[member]
     levels = (offsets + (place << 32) // sizes) & MASK32
+    # One key for each (draw, position), [masks, target]. Equal positions of a group's targets have equal keys, so the
+    # answers to a question are compared under the same masks.
     keys = _bits(options.seed, group, np.arange(length), 1 + draws[:, None])
     if options.estimator == "exact_count":
         counts = linear_count(levels, length)
+        # The position breaks ties, so the mask has exactly k tokens: those up to the k-th smallest key.
         keys = keys << TOKEN_POSITION_BITS | np.arange(length)
         masks = keys <= np.take_along_axis(np.sort(keys, axis=1), counts[:, None] - 1, axis=1)
         weights = length / counts
@@ -121,6 +126,7 @@ def _drawn_masks(options: LikelihoodOptions, group: int, length: int) -> Plan:
         thresholds = linear_threshold(levels, _EPS)
         masks = keys < thresholds[:, None]
         weights = 2**32 / thresholds
+    # What is drawn twice is computed once, and weighs what both weigh in their groups.
     unique, which = np.unique(masks, axis=0, return_inverse=True)
     coefficients = np.zeros((groups, len(unique)))
     np.add.at(coefficients, (member, which.reshape(-1)), weights / sizes)

@@ -39,6 +39,7 @@ class Unit:
         size = targets.shape[1]
         self.indices, self.context, self.targets, self.plan = indices, context, targets, plan
         self.length = len(context) + size
+        # [requests * masks, target]: what the model sees for each pair. Equal ones are one row of the forward.
         shown = np.where(plan.masks, hidden_id, targets[:, None]).reshape(-1, size)
         self.rows, first, row = np.unique(shown, axis=0, return_index=True, return_inverse=True)
         self.asked = plan.asked[first % max(len(plan.masks), 1)]
@@ -115,6 +116,7 @@ class RowScorer:
             start = 0
             while start < len(unit.rows):
                 width = max(width, unit.length)
+                # A wider unit makes the rows that already wait wider too: what is left may then be less than nothing.
                 room = self.rows_per_batch(width) - rows
                 if room < 1:
                     yield from self._run(parts)
@@ -137,6 +139,7 @@ class RowScorer:
         parts = [part for part in parts if part.stop > part.start]
         if not parts:
             return
+        # The rows of all parts, under one another and filled up to the right: what the model is fed.
         size, width = sum(part.stop - part.start for part in parts), max(part.unit.length for part in parts)
         tokens = np.zeros((size, width), dtype=np.int64)
         given, asked = np.zeros((2, size, width), dtype=bool)
@@ -151,7 +154,8 @@ class RowScorer:
             )
             lengths[here] = unit.length
             begin += stop - start
-        # The logits are those of the positions asked for, in this order.
+        # The model gives logits only of the positions asked for, numbered here in row-major order. Every pair of a
+        # part then looks up its own tokens: several pairs of one row want different targets at the same positions.
         number = (asked.cumsum() - 1).reshape(asked.shape)
         index, wanted, owners = [], [], []
         begin = 0
@@ -166,6 +170,7 @@ class RowScorer:
         losses, best = self._cross_entropies(
             tokens, lengths, given, np.flatnonzero(asked), np.concatenate(index), np.concatenate(wanted)
         )
+        # The losses lie one pair after the other; add up each pair's.
         begin = 0
         for unit, pairs, counts in owners:
             owner, here = np.repeat(np.arange(len(pairs)), counts), slice(begin, begin + int(counts.sum()))
@@ -206,6 +211,7 @@ class RowScorer:
             sizes = None if sizes is None else sizes.repeat(2)
         with torch.no_grad():
             logits = self.denoise(inputs.to(self.device), sizes, asked.to(self.device))
+            # In chunks of logits, because [n, vocab] in fp64 may not fit: those that want a chunk are found by order.
             order = np.argsort(index, kind="stable")
             losses, best = np.empty(len(index)), np.ones(len(index), dtype=bool)
             step = max(_CHUNK // logits.shape[1], 1)

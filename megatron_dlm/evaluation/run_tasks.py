@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_dlm.checkpoint.collective import on_rank_zero
 from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
 from megatron_dlm.evaluation.multiple_choice import (
@@ -24,7 +25,6 @@ from megatron_dlm.evaluation.multiple_choice import (
 from megatron_dlm.evaluation.partial_answers import PartialAnswers
 from megatron_dlm.evaluation.progress import Finished
 from megatron_dlm.evaluation.provenance import fingerprint, options_of
-from megatron_dlm.evaluation.ranks import on_first_rank
 from megatron_dlm.evaluation.tasks import Task
 from megatron_dlm.generation.text_model import TextModel
 
@@ -56,7 +56,7 @@ class Answers:
 
     def known(self, key: str) -> dict[int, Answer]:
         """The answers of an earlier run; collective."""
-        return on_first_rank(self._model, lambda: self._partial.known(key) if self._partial else {})
+        return on_rank_zero(lambda: self._partial.known(key) if self._partial else {})
 
     def add(self, key: str, new: Mapping[int, Answer]) -> None:
         """Keep answers. Raises ``DataError``, one line."""
@@ -79,7 +79,7 @@ def open_answers(model: TextModel, output: Path | None) -> Iterator[Answers]:
     """
     opened: list[PartialAnswers] = []
     if output is not None:
-        on_first_rank(model, lambda: opened.append(PartialAnswers(output)))
+        on_rank_zero(lambda: opened.append(PartialAnswers(output)))
     try:
         yield Answers(model, opened[0] if opened else None)
     finally:

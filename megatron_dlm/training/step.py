@@ -44,6 +44,7 @@ def train_step(training: Training, progress: Progress, *, stop_requested: bool =
         step=progress.step,
         num_microbatches=stream.num_microbatches,
     )
+    # megatron has divided the summed gradient by the summed divisor of all micro-batches and data-parallel ranks.
     update = training.optimizer.step(progress.step)
     # Tensor-parallel ranks have the same losses: one of them counts.
     sums = Sums.total(micro_batches if topology.reports_loss else [], topology.device)
