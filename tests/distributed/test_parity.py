@@ -13,6 +13,7 @@ import megatron_dlm.training.setup  # noqa: F401  (imported once, in the parent 
 from tests.ranks import run_ranks
 from tests.runs import Trace, run_cases, tiny_config
 
+pytestmark = pytest.mark.time_limit(3600)  # all runs are those of the first test
 STEPS, BATCH = 20, 8
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
