@@ -1,15 +1,19 @@
-# `make demo` and `make test` work on a fresh clone; `make help` lists the rest.
+# `make demo`, `make quick` and `make test` work on a fresh clone; `make help` lists the rest.
 
 # The first of these that runs and is supported; or give another: make test PYTHON=/path/to/python3.12
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; done)
 PYTHON312 ?= python3.12
 VENV ?= .venv
+# Processes that share the tests, file by file and in the order of tests/conftest.py.
+JOBS ?= 2
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python -m
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest
+SHARED := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 DEMO := runs/demo
 
-.PHONY: help demo test browser parity exactness kernels-report test-py312 lint types clean
+.PHONY: help demo quick test browser parity exactness kernels-report test-py312 lint types clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,9 +30,12 @@ $(DEMO)-data/.prepared: | $(STAMP)
 	$(RUN) megatron_dlm prepare --embedded --train-sentencepiece 1024 --valid-fraction 0.02 --output $(DEMO)-data --overwrite
 	touch $@
 
+quick: lint  ## Build the environment, check style, run the tests that take seconds: the first thing to try
+	$(PYTEST) $(SHARED) tests/quick
+
 test: lint types browser  ## Build the environment, check style and types, run all tests
-	$(RUN) pytest
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) pytest tests/interpreter
+	$(PYTEST) $(SHARED)
+	TRITON_INTERPRET=1 $(PYTEST) -n $(JOBS) tests/interpreter
 
 browser:  ## Install Chromium for the tests of the HTML page, where that asks for no password
 	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
@@ -39,13 +46,13 @@ browser:  ## Install Chromium for the tests of the HTML page, where that asks fo
 	else tail -n 1 $$log; echo "No Chromium: the tests of the HTML page are skipped (apt-get install chromium)."; fi; rm -f $$log
 
 parity: $(STAMP)  ## Print the whole table of layouts against one process (minutes)
-	OMP_NUM_THREADS=1 $(RUN) pytest tests/distributed/test_parity.py -s -m 'slow or not slow'
+	$(PYTEST) tests/distributed/test_parity.py -s -m 'slow or not slow'
 
 exactness: $(STAMP)  ## Print how resumed and resharded runs differ from straight ones (minutes)
-	OMP_NUM_THREADS=1 $(RUN) pytest tests/distributed/test_resume.py -s -m 'slow or not slow'
+	$(PYTEST) tests/distributed/test_resume.py -s -m 'slow or not slow'
 
 kernels-report: $(STAMP)  ## Registers, spills and instructions of every kernel, compiled for sm_90
-	$(RUN) pytest -s tests/unit/test_aot_mask_tokens.py tests/unit/test_aot_cross_entropy.py
+	$(PYTEST) -s $(wildcard tests/*/test_aot_*.py)
 
 test-py312:  ## The same with Python 3.12 and the newest supported megatron-core
 	$(MAKE) test PYTHON=$(PYTHON312) VENV=.venv312

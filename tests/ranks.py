@@ -5,6 +5,7 @@ Ranks are forked, so they share the imports of the parent: far cheaper than torc
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -62,6 +63,7 @@ def _failure(folder: Path, rank: int, code: int | None) -> str:
 def _run(
     function: Callable[..., Any], rank: int, world_size: int, meeting: socket.socket, folder: Path, args: tuple
 ) -> None:
+    gc.freeze()  # megatron collects garbage at every save, and what was inherited is none
     port = meeting.getsockname()[1]
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

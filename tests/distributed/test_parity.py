@@ -13,7 +13,8 @@ import megatron_dlm.training.setup  # noqa: F401  (imported once, in the parent 
 from tests.ranks import run_ranks
 from tests.runs import Trace, run_cases, tiny_config
 
-STEPS = 20
+pytestmark = pytest.mark.time_limit(3600)  # all runs are those of the first test
+STEPS, BATCH = 20, 8
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -96,7 +97,7 @@ def traces(
                 tiny_data,
                 **(MODELS | VARIANTS)[model],
                 parallel=layouts[layout][1],
-                train={"steps": STEPS, "micro_batch_size": 2, "global_batch_size": 16, **extra},
+                train={"steps": STEPS, "micro_batch_size": 2, "global_batch_size": BATCH, **extra},
             )
             for model, layout, extra in here
         ]
@@ -134,5 +135,5 @@ def test_run_equals_one_process(case: Case, traces: dict[str, Trace]) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_noised_tokens_are_identical(case: Case, traces: dict[str, Trace]) -> None:
     one, here = traces[f"{case[0]} one"], traces[name(case)]
-    assert len(one.noised) == STEPS * 16
+    assert len(one.noised) == STEPS * BATCH
     assert here.noised == one.noised

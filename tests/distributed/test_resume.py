@@ -15,7 +15,8 @@ from tests.resuming import Figures, continue_runs
 from tests.runs import tiny_config
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
-BF16 = {"train": {"steps": 20, "precision": "bf16", "micro_batch_size": 2, "global_batch_size": 16}}
+TRAIN = {"steps": 20, "micro_batch_size": 2, "global_batch_size": 8}
+BF16 = {"train": {**TRAIN, "precision": "bf16"}}
 DROPOUT = {"model": {"num_layers": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1}}
 AUTOREGRESSIVE = {"model": {"objective": "autoregressive"}, "autoregressive": {"input_mask_ratio": 0.3}}
 
@@ -51,7 +52,9 @@ def resumed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         folder = tmp_path_factory.mktemp(f"world{world}")
         names = [name for name, (size, _) in RESUME.items() if size == world]
         configs = [
-            tiny_config(tiny_data, **{"run": {"directory": str(folder / name), "seed": 7}, **RESUME[name][1]})
+            tiny_config(
+                tiny_data, **{"run": {"directory": str(folder / name), "seed": 7}, "train": TRAIN, **RESUME[name][1]}
+            )
             for name in names
         ]
         straight = run_ranks(continue_runs, world, folder, configs, 0, STEPS, HALF)
@@ -74,7 +77,7 @@ def test_resume_is_bit_exact(case: str, resumed: dict[str, tuple[Figures, str, F
 def test_another_layout_continues_the_run(model: dict[str, Any], tiny_data: Path, tmp_path: Path) -> None:
     def config(layout: dict[str, Any]) -> Any:
         run = {"directory": str(tmp_path / "run"), "seed": 7}
-        return tiny_config(tiny_data, run=run, parallel=layout, model={"num_query_groups": 4, **model})
+        return tiny_config(tiny_data, run=run, parallel=layout, train=TRAIN, model={"num_query_groups": 4, **model})
 
     world, layout = RESHARD["TP2-PP2-DP2"]
     ((straight, _),) = run_ranks(continue_runs, world, tmp_path, [config(layout)], 0, HALF + 3, HALF)

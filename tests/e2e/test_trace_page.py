@@ -22,7 +22,7 @@ from megatron_dlm.generation.trace_page import write
 from megatron_dlm.shipped.sampler import Step
 from megatron_dlm.shipped.sampler_plan import Vocabulary
 
-_PATIENCE_SECONDS = 20.0
+_PATIENCE_SECONDS = 300.0
 # Becomes the browser, which takes commands on descriptor 3 and answers on 4.
 _WITH_PIPE = """if True:
     import fcntl, os, sys
@@ -246,7 +246,7 @@ def test_it_plays_to_the_end_and_again(page: Browser, path: Path) -> None:
         assert page.run('get("play").getAttribute("aria-label")') == "Play"
     page.open(path, "play=1&speed=8")
     assert page.run(ended) == "8"
-    page.press(" ")
+    page.open(path, "play=1&speed=0.25")
     page.press(" ")
     assert page.run("document.body.dataset.playing") == "false", "space pauses"
     assert int(page.run("document.body.dataset.step")) < 8

@@ -32,7 +32,7 @@ VALID_KEYS = set(
 def run(*arguments: str, module: str = "megatron_dlm") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", *module.split(), *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture

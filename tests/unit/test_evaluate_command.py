@@ -124,7 +124,7 @@ def _child(arguments: tuple[str, ...]) -> None:
 
     def slow(*values: Any, **keys: Any) -> Any:
         calls.append(1)
-        time.sleep(600 if len(calls) > 4 else 0)  # until the kill
+        time.sleep(3600 if len(calls) > 4 else 0)  # until the kill
         return plain(*values, **keys)
 
     scoring.loglikelihoods = slow  # type: ignore[assignment]
@@ -140,9 +140,8 @@ def test_a_killed_evaluation_goes_on(models: dict[str, Path], data: Path, tmp_pa
     arguments = ("evaluate", "--checkpoint", str(model), "--tasks", "hellaswag", "--masks", "8", "--data", str(data))
     child = multiprocessing.get_context("fork").Process(target=_child, args=((*arguments, *options, str(output)),))
     child.start()
-    deadline = time.monotonic() + 60
     while kept(partial) < 3:
-        assert child.is_alive() and time.monotonic() < deadline
+        assert child.is_alive()
         time.sleep(0.02)
     assert evaluate(model, data, "hellaswag", *options, str(output)) == 2
     assert f"another evaluation is writing {partial}; wait" in capsys.readouterr().err
