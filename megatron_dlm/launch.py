@@ -328,11 +328,12 @@ def _report(error: BaseException | None, prefix: str = "") -> Status:
 
 
 @contextlib.contextmanager
-def directory_in_use(config: Config) -> Iterator[None]:
+def directory_in_use(config: Config) -> Iterator[int]:
     """Make the run's directory and lock it: two runs in one would destroy each other's checkpoints.
 
-    An old status.json is removed, because it would be taken for this run's. The lock is also that of forked workers,
-    so it lasts as long as any of them. Raises ``ConfigError`` if the directory is in use or cannot be written.
+    An old status.json is removed, because it would be taken for this run's. Yields the lock's file descriptor: the lock
+    lasts as long as any process that has inherited it, as forked workers do. Raises ``ConfigError`` if the directory is
+    in use or cannot be written.
     """
     folder = RunFolder(Path(config.run.directory))
     directory = folder.path
@@ -350,7 +351,7 @@ def directory_in_use(config: Config) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         folder.status_file.unlink(missing_ok=True)
-        yield
+        yield lock
     finally:
         os.close(lock)
 

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import json
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +27,6 @@ from megatron_dlm.formatting import format_duration
 from megatron_dlm.launch import (
     DONE,
     FAILED,
-    STOP_SIGNALS,
     STOPPED,
     StopHandler,
     Stopped,
@@ -40,6 +35,7 @@ from megatron_dlm.launch import (
 )
 from megatron_dlm.run_folder import RunFolder
 
+_SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_BETWEEN_LINES, _SHARE_BETWEEN_LINES = 30.0, 0.02
 _SIGNAL_WHEN_PARENT_ENDS = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -63,7 +59,8 @@ class _Running:
     """An arm in training."""
 
     arm: Arm
-    config: Config
+    folder: RunFolder
+    process: subprocess.Popen[bytes]
     slot: int
     """Its place among those that run at once."""
     since: float
@@ -80,12 +77,12 @@ def train_arms(crossover: Crossover, say: Callable[[str], None] = print) -> Outc
     Raises:
         ConfigError, DataError: one line, before anything is written or started.
     """
-    with _single_thread(), StopHandler() as stop:
+    with StopHandler() as stop:
         try:
             facts = check_arms(crossover)
-            with directory_in_use(crossover.base):
+            with directory_in_use(crossover.base) as lock:
                 write_arms(crossover, facts)
-                return _train(crossover, stop, say)
+                return _train(crossover, stop, lock, say)
         except Stopped:
             return Outcome({}, stopped=True)
 
@@ -153,9 +150,9 @@ def _preflight(arm: Arm, config: Config) -> dict[str, Any]:
     return facts
 
 
-def _train(crossover: Crossover, stop: StopHandler, say: Callable[[str], None]) -> Outcome:
+def _train(crossover: Crossover, stop: StopHandler, lock: int, say: Callable[[str], None]) -> Outcome:
     waiting = [arm for arm, config in crossover.arms.items() if not folder_of(config).is_finished]
-    running: dict[BaseProcess, _Running] = {}
+    running: list[_Running] = []
     failed: dict[str, str] = {}
     stopped = announced = False
     say(
@@ -163,37 +160,91 @@ def _train(crossover: Crossover, stop: StopHandler, say: Callable[[str], None]) 
     )
     while running or (waiting and not stop.received):
         while waiting and len(running) < crossover.arms_at_once and not stop.received:
-            slot = min(set(range(crossover.arms_at_once)) - {other.slot for other in running.values()})
-            arm = waiting.pop(0)
-            now = time.monotonic()
-            say(f"start    {arm.name}")
-            process = _start(crossover.arms[arm], slot, crossover.arms_at_once)
-            running[process] = _Running(arm, crossover.arms[arm], slot, now, now)
-            if stop.received:  # it came before there was a process that it could be handed to
-                process.terminate()
-        wait([process.sentinel for process in running], timeout=1.0)
+            slot = min(set(range(crossover.arms_at_once)) - {other.slot for other in running})
+            say(f"start    {waiting[0].name}")
+            running.append(_start(crossover, waiting.pop(0), slot, stop, lock))
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
         if stop.received and not announced:
             announced = True
             say("stopping the arms, which save; once more to end them at once")
-        for process in [process for process in running if not process.is_alive()]:
-            process.join()
-            ended = running.pop(process)
+        for ended in [arm for arm in running if arm.process.poll() is not None]:
+            running.remove(ended)
+            name, code = ended.arm.name, ended.process.returncode
             took = format_duration(time.monotonic() - ended.since)
-            if process.exitcode == DONE and folder_of(ended.config).is_finished:
-                say(f"finished {ended.arm.name} after {took}{_last_figures(folder_of(ended.config))}")
-            elif process.exitcode in (STOPPED, -signal.SIGTERM):
+            if code == DONE and ended.folder.is_finished:
+                say(f"finished {name} after {took}{_last_figures(ended.folder)}")
+            elif code in (STOPPED, -signal.SIGTERM):  # the latter before it could handle signals, with nothing to save
                 stopped = True
-                say(f"stopped  {ended.arm.name} after {took}{_last_figures(folder_of(ended.config))}")
+                say(f"stopped  {name} after {took}{_last_figures(ended.folder)}")
             else:
                 twice = "stopped by a second signal before a checkpoint was saved" if stop.received > 1 else None
-                failed[ended.arm.name] = twice or _reason(folder_of(ended.config), process.exitcode)
-                say(f"failed   {ended.arm.name} after {took}: {failed[ended.arm.name]}")
-        for other in running.values():
+                failed[name] = twice or _reason(ended.folder, code)
+                say(f"failed   {name} after {took}: {failed[name]}")
+        for other in running:
             now = time.monotonic()
             if now - other.said > max(_SECONDS_BETWEEN_LINES, _SHARE_BETWEEN_LINES * (now - other.since)):
                 other.said = now
-                say(f"running  {other.arm.name}{_last_figures(folder_of(other.config))}")
+                say(f"running  {other.arm.name}{_last_figures(other.folder)}")
     return Outcome(failed, stopped or bool(stop.received))
+
+
+def _start(crossover: Crossover, arm: Arm, slot: int, stop: StopHandler, lock: int) -> _Running:
+    """Start `megatron-dlm train` for an arm, with its output in train.log."""
+    config = crossover.arms[arm]
+    folder = folder_of(config)
+    with open(folder.path / "train.log", "ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_dlm", "train", "--config", str(folder.path / "train.yaml")],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            process_group=0,  # a terminal's Ctrl-C comes to the crossover, which hands it on
+            pass_fds=(lock,),  # nobody else begins with this crossover while one of its arms still saves
+            env=_environment(config, slot, crossover.arms_at_once),
+            preexec_fn=_ending_with_parent(),
+        )
+    if stop.received:  # it came before there was a process that it could be handed to
+        process.terminate()
+    now = time.monotonic()
+    return _Running(arm, folder, process, slot, since=now, said=now)
+
+
+def _environment(config: Config, slot: int, slots: int) -> dict[str, str]:
+    """Variables of an arm: its share of the cores and, where there are GPUs, those of its ``slot`` of ``slots``."""
+    import torch
+
+    found = {**os.environ, "PYTHONUNBUFFERED": "1"}  # train.log is read while it is written
+    workers, gpus = count_workers(config), torch.cuda.device_count()
+    given = found.get("OMP_NUM_THREADS", "")
+    if workers == 1 and not (given.isdigit() and int(given)):  # several workers get one thread each from `train`
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        found["OMP_NUM_THREADS"] = str(max(1, cores // slots))
+    if gpus:
+        # Their names outside, where this process may see only some of them itself.
+        visible = found.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = visible if len(visible) >= gpus else [str(i) for i in range(gpus)]
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(names[(slot * workers + i) % gpus] for i in range(workers))
+    return found
+
+
+def _ending_with_parent() -> Callable[[], None] | None:
+    """What a new process runs before it becomes an arm: it asks for a SIGTERM, at which it saves, when this one ends.
+
+    None where that cannot be asked for, which is anywhere but on Linux.
+    """
+    # Found here and not in the new process: between fork and exec other threads' locks, such as the dynamic linker's,
+    # may be held for ever, so it must do next to nothing.
+    try:
+        prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+    except (OSError, AttributeError):
+        return None
+
+    def ask() -> None:
+        prctl(_SIGNAL_WHEN_PARENT_ENDS, signal.SIGTERM)
+        if os.getppid() != parent:  # it has ended before
+            os._exit(STOPPED)
+
+    return ask
 
 
 def _reason(folder: RunFolder, code: int) -> str:
@@ -216,68 +267,3 @@ def _last_figures(folder: RunFolder) -> str:
         f" | eta {format_duration(eta)}" if eta else "",
     ]
     return "".join(figures)
-
-
-def _start(config: Config, slot: int, slots: int) -> BaseProcess:
-    """Start one arm; ``slot`` of ``slots`` decides which GPUs it gets where there are several."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    # Forked processes share what this one has imported, but CUDA does not survive a fork.
-    context = multiprocessing.get_context("spawn" if gpus else "fork")
-    devices = None
-    if gpus:
-        workers = count_workers(config)
-        devices = ",".join(str((slot * workers + i) % gpus) for i in range(workers))
-    threads = max(1, len(os.sched_getaffinity(0)) // slots) if hasattr(os, "sched_getaffinity") else 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    process = context.Process(target=_train_arm, args=(config.run.directory, os.getpid(), threads, devices))
-    process.start()
-    return process
-
-
-def _train_arm(directory: str, parent: int, threads: int, devices: str | None) -> None:
-    """The body of an arm's process: `megatron-dlm train`, with its output in train.log."""
-    os.setpgid(0, 0)  # a terminal's Ctrl-C comes to the crossover, which hands it on
-    for number in STOP_SIGNALS:
-        if isinstance(signal.getsignal(number), StopHandler):
-            signal.signal(number, signal.SIG_DFL)
-    _end_with(parent)
-    log = open(Path(directory, "train.log"), "a", buffering=1, encoding="utf-8")
-    for stream in (1, 2):
-        os.dup2(log.fileno(), stream)
-    sys.stdout = sys.stderr = log
-    if devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices
-
-    import torch
-
-    cli = import_module("megatron_dlm.cli")
-
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    torch.set_num_threads(int(given) if given.isdigit() and int(given) else threads)
-    sys.exit(cli.main(["train", "--config", str(Path(directory, "train.yaml"))]))
-
-
-def _end_with(parent: int) -> None:
-    """Have this process stopped, so that it saves, when ``parent`` is killed (on Linux)."""
-    try:
-        ctypes.CDLL(None).prctl(_SIGNAL_WHEN_PARENT_ENDS, signal.SIGTERM)
-    except (OSError, AttributeError):
-        return
-    if os.getppid() != parent:
-        os._exit(STOPPED)
-
-
-@contextmanager
-def _single_thread() -> Iterator[None]:
-    """A process that has used a pool of threads cannot be forked: the pool's threads are missing in the child."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -145,7 +145,9 @@ def test_pairs_read_the_same_sequences(whole: Grid) -> None:
     assert (tokens[0] == tokens[1]).all()
 
 
-def test_stopped_and_killed_it_is_the_one_that_was_left_alone(whole: Grid, tiny_data: Path, tmp_path: Path) -> None:
+def test_stopped_and_killed_it_is_the_one_that_was_left_alone(
+    whole: Grid, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     grid = Grid(tmp_path, tiny_data)
     # Stopped with a signal: every arm saves.
     process = grid.start()
@@ -164,10 +166,18 @@ def test_stopped_and_killed_it_is_the_one_that_was_left_alone(whole: Grid, tiny_
     process = grid.start()
     wait_for(lambda: min(grid.done()) >= stopped_at + 4, process)
     arms = arms_of(process)
+    for arm_process in arms:
+        arm_process.suspend()
     process.kill()
     process.join()
+    assert grid.run() == 2, "nobody else begins while they save"
+    assert "another run is using" in capsys.readouterr().err
+    for arm_process in arms:
+        arm_process.resume()
     _, alive = psutil.wait_procs(arms, timeout=120)
     assert len(arms) == 2 and not alive, "arms do not outlive their crossover"
+    for arm in (DLM, AR):
+        assert json.loads((grid.output / arm / "status.json").read_text())["exit_code"] == 75
     assert max(grid.done()) < STEPS and not (grid.output / "crossover.json").exists()
     # One arm is killed: it fails alone.
     grid.tree["arms_at_once"] = 1
