@@ -14,9 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["tests.limits"]
 
-FORKING = {"test_launch.py"}
-"""Tests outside of tests/distributed that fork workers."""
-
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -42,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that fork ranks come first: a rank hangs when it drops gloo groups that its parent has made."""
-    items.sort(key=lambda item: "distributed" not in item.path.parts and item.path.name not in FORKING)
+    items.sort(key=lambda item: "distributed" not in item.path.parts)
 
 
 def pytest_collection_finish() -> None:

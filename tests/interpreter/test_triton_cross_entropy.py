@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dlm_kernels.triton_cross_entropy import cross_entropy, loss_and_gradient
 from dlm_kernels.vocab_parallel import VocabShard, accumulator
-from tests.unit.test_reference_cross_entropy import gradcheck, relative
+from tests.quick.test_reference_cross_entropy import gradcheck, relative
 
 # The lowest maximum minus a logit is -inf, as it should be; and some tests make NaN on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")

@@ -14,7 +14,7 @@ from torch import Tensor
 from dlm_kernels import reference, triton_linear_cross_entropy
 from dlm_kernels.triton_linear_cross_entropy import linear_cross_entropy
 from tests.interpreter.test_triton_cross_entropy import require_bitwise_equal
-from tests.unit.test_reference_cross_entropy import HIDDEN, TOKENS, VOCAB, Losses, Problem, gradcheck, relative
+from tests.quick.test_reference_cross_entropy import HIDDEN, TOKENS, VOCAB, Losses, Problem, gradcheck, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
 

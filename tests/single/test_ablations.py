@@ -23,7 +23,7 @@ from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.setup import build
 from megatron_dlm.training.step import train_step
 from tests.runs import tiny_config
-from tests.unit.test_dataset import numbered
+from tests.single.test_dataset import numbered
 
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "attention dropout": {"model": {"attention_dropout": 0.2}},

@@ -216,7 +216,7 @@ def test_an_interrupt_while_the_text_is_made_leaves_the_terminal_clean(terminal:
 
 PROGRAM = """
 import sys, time, torch
-from tests.unit.test_live_view import IDS, TOKENIZER, step
+from tests.single.test_live_view import IDS, TOKENIZER, step
 from megatron_dlm.generation.live_view import LiveView
 with LiveView(TOKENIZER.decode, IDS, sys.stdout) as live:
     for number in range(10**9):

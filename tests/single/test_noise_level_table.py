@@ -25,7 +25,7 @@ from megatron_dlm.evaluation.progress import collect
 from megatron_dlm.figures.noise_levels import draw
 from megatron_dlm.generation.text_model import TextModel, open_text_model
 from tests.exports import make_checkpoint
-from tests.unit.test_text_nelbo import SEQ, VOCAB, Letters, Tiny, random_texts, tiny_model, write_documents
+from tests.single.test_text_nelbo import SEQ, VOCAB, Letters, Tiny, random_texts, tiny_model, write_documents
 
 MASK = 257
 
