@@ -13,16 +13,17 @@ from typing import Any
 
 from megatron_dlm.cli import main
 from megatron_dlm.training import trainer
+from megatron_dlm.training.state import Progress, Training
+from megatron_dlm.training.step import StepReport, train_step
 
 
-def paced(*arguments: Any, step: int, **options: Any) -> Any:
-    """``train_step``, once it may take the step from ``step`` to ``step + 1``."""
-    while step >= int(Path(os.environ["PACE"]).read_text()):
+def paced(training: Training, progress: Progress, **options: Any) -> StepReport:
+    """``train_step``, once it may take the step behind ``progress``."""
+    while progress.step >= int(Path(os.environ["PACE"]).read_text()):
         time.sleep(0.01)
-    return train_step(*arguments, step=step, **options)
+    return train_step(training, progress, **options)
 
 
 if __name__ == "__main__":
-    train_step = trainer.train_step
     trainer.train_step = paced
     sys.exit(main(sys.argv[1:]))
