@@ -200,7 +200,7 @@ def _start(crossover: Crossover, arm: Arm, slot: int, stop: StopHandler, lock: i
             stderr=subprocess.STDOUT,
             process_group=0,  # a terminal's Ctrl-C comes to the crossover, which hands it on
             pass_fds=(lock,),  # nobody else begins with this crossover while one of its arms still saves
-            env=_environment(config, slot, crossover.arms_at_once),
+            env=arm_environment(config, slot, crossover.arms_at_once),
             preexec_fn=_ending_with_parent(),
         )
     if stop.received:  # it came before there was a process that it could be handed to
@@ -209,7 +209,7 @@ def _start(crossover: Crossover, arm: Arm, slot: int, stop: StopHandler, lock: i
     return _Running(arm, folder, process, slot, since=now, said=now)
 
 
-def _environment(config: Config, slot: int, slots: int) -> dict[str, str]:
+def arm_environment(config: Config, slot: int, slots: int) -> dict[str, str]:
     """Variables of an arm: its share of the cores and, where there are GPUs, those of its ``slot`` of ``slots``."""
     import torch
 

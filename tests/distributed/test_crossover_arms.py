@@ -22,6 +22,7 @@ import torch
 import yaml
 
 from megatron_dlm.cli import main
+from megatron_dlm.crossover.arms import arm_environment
 from megatron_dlm.crossover.grid import load_crossover
 from megatron_dlm.data.tokenizer import load_tokenizer
 from tests.runs import TINY
@@ -198,6 +199,50 @@ def test_stopped_and_killed_it_is_the_one_that_was_left_alone(
         assert "resume     " in (grid.output / arm / "train.log").read_text()
     assert (grid.starts(DLM), grid.starts(AR)) == (4, 3), "what was finished is not started again"
     assert grid.result()["cells"] == whole.result()["cells"]
+
+
+def test_a_second_signal_ends_the_arms_at_once(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = Grid(tmp_path, tiny_data)
+    pace, python = tmp_path / "pace", tmp_path / "python"
+    pace.write_text("3")  # the step after has no end
+    python.write_text(f'#!/bin/sh\nshift 2\nexec "{sys.executable}" -m tests.paced_command "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("PACE", str(pace))
+    monkeypatch.setattr(sys, "executable", str(python))
+    process = grid.start()
+    wait_for(lambda: min(grid.done()) == 3, process)
+    arms = arms_of(process)
+    assert process.pid is not None and len(arms) == 2
+    until = time.monotonic() + 180
+    signals = 0
+    while process.is_alive():  # two that come before an arm has looked are one to it
+        assert time.monotonic() < until
+        os.kill(process.pid, signal.SIGINT)
+        signals += 1
+        process.join(2)
+    assert signals > 1 and process.exitcode == 1 and not any(arm.is_running() for arm in arms)
+    for arm in (DLM, AR):
+        assert f"failed   {arm} after " in grid.log()
+        assert not (grid.output / arm / "checkpoints" / "latest").exists()
+    assert grid.log().count("stopped by a second signal before a checkpoint was saved") == 2
+
+
+def test_an_arm_gets_its_share_of_the_machine(whole: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = next(iter(load_crossover(str(whole.config)).arms.values()))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert arm_environment(config, 0, 2)["OMP_NUM_THREADS"] == "3", "what is given stays"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert arm_environment(config, 0, 2)["OMP_NUM_THREADS"] == "4"
+    config.parallel.data_parallel_size = 2
+    assert "OMP_NUM_THREADS" not in arm_environment(config, 0, 2), "the workers of one arm share as those of any run"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [arm_environment(config, slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0,1", "2,3", "0,1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert arm_environment(config, 1, 2)["CUDA_VISIBLE_DEVICES"] == "6,7", "as they are called outside"
 
 
 def test_a_larger_grid_adds_arms_and_other_contents_are_refused(
