@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import sqlite3
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -105,29 +107,18 @@ def test_runs_and_exports_answer_the_same(
     assert shown.split()[:4] == ["hellaswag", "12", "acc", f"{run['results']['hellaswag']['metrics']['acc']:.4f}"]
 
 
-def kept(partial: Path) -> int:
-    """Answers in a file that another process may have locked."""
-    if not partial.exists():
-        return 0
-    database = sqlite3.connect(f"file:{partial}?immutable=1", uri=True)
-    try:
-        return int(database.execute("SELECT count(*) FROM answers").fetchone()[0])
-    except sqlite3.DatabaseError:  # a transaction is being written
-        return 0
-    finally:
-        database.close()
-
-
-def _child(arguments: tuple[str, ...]) -> None:
+def _child(arguments: tuple[str, ...], reached: Event) -> None:
     os.setpgid(0, 0)
     plain, calls = scoring.loglikelihoods, []
 
-    def slow(*values: Any, **keys: Any) -> Any:
+    def waiting(*values: Any, **keys: Any) -> Any:
         calls.append(1)
-        time.sleep(3600 if len(calls) > 4 else 0)  # until the kill
+        if len(calls) == 5:
+            reached.set()
+            time.sleep(3600)  # until the kill
         return plain(*values, **keys)
 
-    scoring.loglikelihoods = slow  # type: ignore[assignment]
+    scoring.loglikelihoods = waiting  # type: ignore[assignment]
     os._exit(main(list(arguments)))
 
 
@@ -138,18 +129,20 @@ def test_a_killed_evaluation_goes_on(models: dict[str, Path], data: Path, tmp_pa
     assert evaluate(model, data, "hellaswag", *options, str(tmp_path / "straight.json")) == 0
     output, partial = tmp_path / "killed.json", tmp_path / "killed.json.partial"
     arguments = ("evaluate", "--checkpoint", str(model), "--tasks", "hellaswag", "--masks", "8", "--data", str(data))
-    child = multiprocessing.get_context("fork").Process(target=_child, args=((*arguments, *options, str(output)),))
+    context = multiprocessing.get_context("fork")
+    reached = context.Event()
+    child = context.Process(target=_child, args=((*arguments, *options, str(output)), reached))
     child.start()
-    while kept(partial) < 3:
+    while not reached.wait(0.1):
         assert child.is_alive()
-        time.sleep(0.02)
     assert evaluate(model, data, "hellaswag", *options, str(output)) == 2
     assert f"another evaluation is writing {partial}; wait" in capsys.readouterr().err
     os.kill(child.pid or 0, signal.SIGKILL)
     child.join()
     assert not output.exists()
-    before = kept(partial)
-    assert 3 <= before < 12
+    with contextlib.closing(sqlite3.connect(partial)) as database:
+        ((before,),) = database.execute("SELECT count(*) FROM answers").fetchall()
+    assert before == 4, "one a round"
     assert evaluate(model, data, "hellaswag", *options, str(output)) == 0
     assert f"hellaswag: {before} of 12 questions are of an earlier run" in capsys.readouterr().err
     straight, resumed = (read(path)["results"]["hellaswag"] for path in (tmp_path / "straight.json", output))
