@@ -94,6 +94,7 @@ def causal_plan(length: int) -> Plan:
 
 def _every_mask(length: int) -> Plan:
     """The mean over k of L'/k times the mean over the subsets of size k: a weight of 1 / (k C(L', k))."""
+    # Row i - 1 has the bits of i, from 1 (the first token alone) to all of them.
     masks = (np.arange(1, 2**length)[:, None] >> np.arange(length) & 1).astype(bool)
     weights = [1 / (k * math.comb(length, k)) for k in masks.sum(1).tolist()]
     return Plan(masks, masks, np.array([weights]), exact=True)

@@ -42,6 +42,8 @@ class Unit:
         # [requests * masks, target]: what the model sees for each pair. Equal ones are one row of the forward.
         shown = np.where(plan.masks, hidden_id, targets[:, None]).reshape(-1, size)
         self.rows, first, row = np.unique(shown, axis=0, return_index=True, return_inverse=True)
+        # What is asked for depends on the mask alone, and equal rows have equal masks (no target has [MASK], and causal
+        # plans have a single one), so that any of a row's pairs tells.
         self.asked = plan.asked[first % max(len(plan.masks), 1)]
         # Pairs (request, mask), numbered request * masks + mask, in the order of their rows.
         self.pairs = np.argsort(row.reshape(-1), kind="stable")
@@ -110,6 +112,7 @@ class RowScorer:
 
         Give the longest first: a forward then pads little, and memory that does not suffice shows at once.
         """
+        # Parts are gathered until a batch is full at the width of its longest row; a unit may be divided between two.
         parts: list[Part] = []
         width = rows = 0
         for unit in units:
@@ -126,7 +129,7 @@ class RowScorer:
                 parts.append(Part(unit, start, stop))
                 rows += stop - start
                 start = stop
-            if len(unit.rows) == 0:
+            if len(unit.rows) == 0:  # nothing is masked, so nothing is asked; it is done when its turn comes
                 parts.append(Part(unit, 0, 0))
         yield from self._run(parts)
 
@@ -136,6 +139,7 @@ class RowScorer:
         yield from (part.unit for part in parts if part.stop == len(part.unit.rows))
 
     def _score(self, parts: list[Part]) -> None:
+        """Score the rows of all parts as one batch, and put the sums where they belong."""
         parts = [part for part in parts if part.stop > part.start]
         if not parts:
             return
@@ -205,6 +209,7 @@ class RowScorer:
         sizes = None if (lengths == tokens.shape[1]).all() else torch.from_numpy(lengths)
         guided = self.guidance != 0 and bool(given.any())
         if guided:
+            # The same rows once more without their context; their logits are the second half of what comes back.
             without = inputs.masked_fill(torch.from_numpy(given), self.vocabulary.mask_token_id)
             asked = torch.cat((asked, asked + inputs.numel()))
             inputs = torch.cat((inputs, without))

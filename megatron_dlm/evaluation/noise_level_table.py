@@ -94,6 +94,7 @@ class NoiseLevelTable:
     @property
     def _shares(self) -> np.ndarray:
         """[levels]: of the noise; count k stands for the ratios from (k - 1)/L to k/L."""
+        # Each level takes the counts that are nearer to it than to its neighbours: up to the middle between two.
         centres = (self.masked - 0.5) / self.length
         return np.diff(np.concatenate([[0.0], (centres[1:] + centres[:-1]) / 2, [1.0]]))
 
@@ -172,12 +173,14 @@ def noise_level_table(
         raise ConfigError(f"seed is {seed}; it must be at least 0 and below 2**64")
     text = read_windows(source, model.tokenizer, length, limit_tokens=limit_tokens)
     length = min(length, len(text.tokens))
+    # Window i of n is the one in the middle of the i-th of n equal parts of the text.
     full = len(text.tokens) // length
     chosen = (2 * np.arange(min(windows, full)) + 1) * full // (2 * min(windows, full))
     tokens = np.stack([text.tokens[at : at + length] for at in (chosen * length).tolist()]).astype(np.int64)
     check_ids(tokens, source, model.vocabulary)
     # Ratios such as 0.55 * 20 come out just above the whole number that they are.
     masked = np.unique(np.ceil(np.array(ratios) * length - 1e-6).astype(np.int64).clip(1, length))
+    # A token's rank among the keys of its window: ranks below k are masked. Positions decide between equal keys.
     keys = random_bits(seed, Stream.SAMPLING, token_counter(chosen[:, None], np.arange(length)), _DRAW)
     ranks = (keys << TOKEN_POSITION_BITS | np.arange(length)).argsort(1).argsort(1)
     digest = hashlib.sha256(b"".join(array.tobytes() for array in (tokens, ranks, masked))).hexdigest()

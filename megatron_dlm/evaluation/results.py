@@ -69,14 +69,14 @@ def results_of(
         yield from _lm_eval(model, external, asked)
 
 
-def find_text(data: str, name: str = NELBO) -> str | None:
-    """The text for a task: ``data``, or ``NAME.*`` where that is a folder; None where it has none.
+def find_text(data: str) -> str | None:
+    """The text of the NELBO: ``data``, or ``nelbo.*`` where that is a folder; None where it has none.
 
     A prepared text is named without its suffix.
     """
     if not Path(data).is_dir():
         return data
-    inside = Path(data) / name
+    inside = Path(data) / NELBO
     if inside.with_suffix(".idx").is_file():
         return str(inside)
     files = (inside.with_suffix(suffix) for suffix in (".txt", ".jsonl", ".parquet"))

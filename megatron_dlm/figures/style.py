@@ -39,11 +39,8 @@ STYLE: dict[Any, Any] = {
 """For ``matplotlib.rc_context``."""
 
 
-def check_figure_output(output: Path, option: str = "--output") -> None:
+def check_figure_output(output: Path) -> None:
     """Find what would keep a figure from being written, before anything is computed.
-
-    Args:
-        option: names the file on the command line, for messages.
 
     Raises:
         ConfigError: ``output`` has another suffix than .png, .svg or .pdf; one line.
@@ -52,8 +49,8 @@ def check_figure_output(output: Path, option: str = "--output") -> None:
     if find_spec("matplotlib") is None:
         raise DataError("a figure needs the package matplotlib: pip install 'megatron-dlm[log]'")
     if output.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{option} {output} is no figure; name it with one of {', '.join(SUFFIXES)}")
-    check_file_output(output, option)
+        raise ConfigError(f"--output {output} is no figure; name it with one of {', '.join(SUFFIXES)}")
+    check_file_output(output, "--output")
 
 
 def save(figure: Any, output: Path) -> None:

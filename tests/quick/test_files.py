@@ -55,8 +55,8 @@ def test_outputs_are_refused_before_anything_is_computed(tmp_path: Path, monkeyp
     with pytest.raises(ConfigError, match="there.png is there already; use --overwrite, or choose another --json"):
         check_file_output(there, "--json", overwrite=False)
     check_file_output(tmp_path / "new", "--json", overwrite=False)
-    with pytest.raises(ConfigError, match="--figure x.txt is no figure; name it with one of .png, .svg, .pdf"):
-        check_figure_output(Path("x.txt"), "--figure")
+    with pytest.raises(ConfigError, match="--output x.txt is no figure; name it with one of .png, .svg, .pdf"):
+        check_figure_output(Path("x.txt"))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(DataError, match=f"{tmp_path} cannot be written to; choose another --json"):
         check_file_output(tmp_path / "new", "--json")
