@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_dlm.errors import ConfigError, DataError
 
@@ -29,6 +30,19 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all. Raises ``OSError``."""
     with written_beside(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises ``ConfigError`` where there is none, one line that ends with the ``remedy``."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {' '.join(str(error).split())}; {remedy}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a JSON object; {remedy}")
+    return content
 
 
 def write_json(path: Path, content: object) -> None:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_dlm.checkpoint.manifest import FileRecord
+from megatron_dlm.checkpoint.manifest import Damaged, FileRecord
 from megatron_dlm.checkpoint.tensor_files import INDEX, TensorReader, TensorWriter
 from megatron_dlm.errors import ConfigError
 
@@ -63,7 +63,7 @@ class WeightsReader:
             dtype: of the result; None: as stored.
 
         Raises:
-            ConfigError: its file cannot be read or holds something else.
+            ConfigError: its file cannot be read, or is not what was written.
         """
         info = self.tensors[key]
         planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -75,6 +75,10 @@ class WeightsReader:
                 raise ValueError("its shards are not the whole tensor")
             # Into the result itself: of another dtype than the shards, it makes no copy of them in that dtype.
             self._reader.read_data(plan, planner)
+        except Damaged as fault:
+            raise ConfigError(
+                f"checkpoint {self._directory} is damaged: {fault}; restore it or give another one"
+            ) from None
         except Exception as error:  # torch has no common class for what a damaged file can cause
             raise _unreadable(f"{key} of {self._directory}", error) from None
         return result

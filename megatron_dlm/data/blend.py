@@ -46,6 +46,7 @@ class Blend:
         if purpose == Purpose.VALIDATION:
             slots = self._permute(np.arange(self.block_size, dtype=np.int64), block=0)
             self._source_at = np.searchsorted(self._ends, slots, side="right")
+            # Within a source, in file order: its places in the block are numbered from left to right.
             self._rank_at = np.empty_like(slots)
             for source, count in enumerate(self.counts):
                 self._rank_at[self._source_at == source] = np.arange(count)
@@ -54,22 +55,27 @@ class Blend:
         """Source of each sample and its index among that source's samples of the whole run, both [n] int64."""
         if len(self.counts) == 1:
             return np.zeros_like(sample_ids), sample_ids
+        # A block is `counts` samples laid out source by source, then shuffled: slot -> place in that layout.
         block, slot = np.divmod(sample_ids, self.block_size)
         if self._purpose == Purpose.VALIDATION:
             source, rank = self._source_at[slot], self._rank_at[slot]
         else:
+            # Each block has its own permutation; a batch is of few blocks.
             for b in np.unique(block).tolist():
                 here = block == b
                 slot[here] = self._permute(slot[here], b)
+            # Which source's stretch of the layout the place is in, and how far behind that stretch's beginning.
             source = np.searchsorted(self._ends, slot, side="right")
             rank = slot - (self._ends - self.counts)[source]
+        # Every earlier block took exactly `counts` of the source's samples.
         return source, block * self.counts[source] + rank
 
     def samples_before(self, limits: np.ndarray) -> int:
         """How many of the first samples leave every source's index below its limit, [sources] int64."""
+        # Whole blocks that every source can fill; the next one, in which some source runs out, is looked at.
         first = int((limits // self.counts).min()) * self.block_size
         source, index = self.locate(np.arange(first, first + self.block_size, dtype=np.int64))
-        return first + int(np.argmax(index >= limits[source]))
+        return first + int(np.argmax(index >= limits[source]))  # argmax: the first that is True
 
     def _permute(self, slots: np.ndarray, block: int) -> np.ndarray:
         return permute(slots, self.block_size, self._seed, Stream.BLEND, step=block, purpose=self._purpose)

@@ -109,6 +109,7 @@ class Dataset:
         for row, (source, epoch, sequence) in enumerate(np.stack(self._locate(sample_ids), axis=1).tolist()):
             if (source, epoch) not in offsets:
                 offsets[source, epoch] = self._offset(source, epoch)
+            # On the ring: from the epoch's offset, so many sequences further.
             start = (offsets[source, epoch] + sequence * self.sequence_length) % self._lengths[source]
             tokens[row] = self._read(source, start)
             if self.vocab_size is not None:
@@ -147,11 +148,13 @@ class Dataset:
         if sample_ids.size and sample_ids.min() < 0:
             raise ValueError("sample ids must not be negative")
         source, index = self.blend.locate(sample_ids)
+        # The source's samples are passes of a fixed number of sequences, one pass after the other.
         epoch, position = np.divmod(index, self._sequences[source])
         if self.purpose == Purpose.VALIDATION:
             if epoch.any():
                 raise ValueError(f"the validation set has only {self.samples_per_epoch} sequences")
             return source, epoch, position
+        # Position in the pass -> which sequence comes there; a permutation of its own for each (source, epoch).
         sequence = np.empty_like(position)
         for s, e in np.unique(np.stack([source, epoch], axis=1), axis=0).tolist():
             here = (source == s) & (epoch == e)
@@ -170,6 +173,7 @@ class Dataset:
         end = start + self.sequence_length
         if end <= length:
             return tokens[start:end]
+        # Past the last used token the ring goes on with the first. Once round at most: a source has a whole sequence.
         return np.concatenate([tokens[start:length], tokens[: end - length]])
 
     def _used_length(self, source: int, unique_tokens: int | None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_dlm.errors import ConfigError
+from megatron_dlm.files import read_json_object
 from megatron_dlm.packages import optional_module
 from megatron_dlm.shipped.sampler import Denoise, Samples, Step
 from megatron_dlm.shipped.sampler_plan import SamplerOptions, Vocabulary
@@ -26,10 +26,7 @@ def load_model(path: str) -> Any:
         DataError: transformers is not installed.
     """
     transformers = optional_module("transformers", f"the model {path}")
-    try:
-        model_type = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"cannot read {path}/config.json: {error}; export the model again") from None
+    model_type = read_json_object(Path(path) / "config.json", "export the model again").get("model_type")
     if model_type == "megatron_dlm":
         from megatron_dlm.shipped.modeling_dlm import DLMForMaskedDiffusion
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_dlm.checkpoint import manifest
 from megatron_dlm.checkpoint.stored import CONFIG, StoredCheckpoint, open_checkpoint
 from megatron_dlm.checkpoint.whole_tensors import WeightsReader
 from megatron_dlm.config.tree import Config, ModelConfig
@@ -72,7 +71,7 @@ class _Plan(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        return sum(_numel(part.shape) for whole in self.wholes for part in whole.parts)
+        return sum(part.numel for whole in self.wholes for part in whole.parts)
 
     @property
     def weight_bytes(self) -> int:
@@ -109,8 +108,7 @@ def export(
     safetensors = optional_module("safetensors", "export")
     plan = _plan(checkpoint, dtype, max_shard_size)
     size = plan.weight_bytes + _ROOM
-    check_output(output, overwrite=overwrite, replaceable=_is_export(output), size=size)
-    _verify(plan, progress)
+    check_output(output, overwrite=overwrite, replaceable=_replaceable(output), size=size)
     try:
         with complete_folder(output, overwrite=overwrite) as folder:
             _write_small_files(plan, folder)
@@ -171,25 +169,10 @@ def _require_same_tensors(directory: Path, reader: WeightsReader, wholes: Sequen
         )
 
 
-def _is_export(output: Path) -> Callable[[str], bool]:
+def _replaceable(output: Path) -> Callable[[str], bool]:
     """Which files in ``output`` may be replaced: those of an export, if it is one."""
     complete = (output / "config.json").is_file()
     return lambda name: complete and _WRITTEN.fullmatch(name) is not None
-
-
-def _verify(plan: _Plan, progress: bool) -> None:
-    """Compare the content of the tensors' files with the manifest, which torch does not do when it reads them."""
-    directory, names = plan.stored.directory, plan.reader.files
-    sizes = {name: record.size for name, record in manifest.read(directory).items()}
-    with _bar("verify", sum(sizes.get(name, 0) for name in names), progress) as bar:
-        for name in names:
-            try:
-                fault = manifest.find_fault(directory, [name])
-            except OSError as error:
-                fault = f"{name} cannot be read: {error.strerror}"
-            if fault:
-                raise ConfigError(f"checkpoint {directory} is damaged: {fault}; restore it or give another one")
-            bar.update(sizes[name])
 
 
 def _assign_shards(wholes: Sequence[Whole], itemsize: int, limit: int) -> dict[str, str]:
@@ -197,7 +180,7 @@ def _assign_shards(wholes: Sequence[Whole], itemsize: int, limit: int) -> dict[s
     numbers: dict[str, int] = {}
     number = filled = 0
     for part in (part for whole in wholes for part in whole.parts):
-        size = _numel(part.shape) * itemsize
+        size = part.numel * itemsize
         if filled and filled + size > limit:
             number, filled = number + 1, 0
         numbers[part.name] = number
@@ -212,7 +195,14 @@ def _write_weights(plan: _Plan, folder: Path, progress: bool) -> None:
     save_file = optional_module("safetensors.torch", "export").save_file
     pending: dict[str, Tensor] = {}
     current = next(iter(plan.shards.values()))
-    with _bar("export", plan.weight_bytes, progress) as bar:
+    with tqdm(
+        desc="export",
+        total=plan.weight_bytes,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        disable=None if progress else True,
+    ) as bar:
 
         def flush() -> None:
             save_file(pending, folder / current, metadata={"format": "pt"})
@@ -316,14 +306,6 @@ def generation_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
         mask = {"mask_token_id": tokenizer.mask_token_id}
         return {**ends, **mask, "max_new_tokens": 128, "remasking": "low_confidence"}
     return {"bos_token_id": end, **ends, "do_sample": False, "suppress_tokens": [tokenizer.mask_token_id]}
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _bar(what: str, total: int, progress: bool) -> tqdm:
-    return tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None if progress else True)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -104,8 +104,8 @@ def import_model(
             config = _configuration(found, tokenizer.tokenizer, tensors, output, objective, sequence_length)
             maps = weight_map(config.model, tokenizer.tokenizer.vocab_size)
             _check_weights(tensors, maps, found)
-            size = 4 * sum(torch.Size(whole.shape).numel() for whole in maps) + _ROOM
-            check_output(output, overwrite=overwrite, replaceable=_is_ours(output), size=size)
+            size = 4 * sum(whole.numel for whole in maps) + _ROOM
+            check_output(output, overwrite=overwrite, replaceable=_replaceable(output), size=size)
             with complete_folder(output, overwrite=overwrite) as partial:
                 with tqdm(total=len(maps), desc="import", unit=" tensors", disable=None if progress else True) as bar:
                     known = write_weights(
@@ -127,7 +127,7 @@ def import_model(
         source=source,
         model_type=found.model_type,
         config=config,
-        parameters=sum(torch.Size(part.shape).numel() for whole in maps for part in whole.parts),
+        parameters=sum(part.numel for whole in maps for part in whole.parts),
         vocab_size=tokenizer.tokenizer.vocab_size,
         mask_token=tokenizer.mask_token,
         mask_token_id=tokenizer.tokenizer.mask_token_id,
@@ -245,7 +245,7 @@ def _fit(rows: Tensor, kept: int, vocab_size: int) -> Tensor:
     return torch.cat((rows[:kept], mean.to(rows.dtype).expand(vocab_size - kept, -1)))
 
 
-def _is_ours(output: Path) -> Callable[[str], bool]:
+def _replaceable(output: Path) -> Callable[[str], bool]:
     """Which files in ``output`` may be replaced: all of an imported checkpoint, none of a run's."""
     try:
         names = {path.split("/")[0] for path in manifest.read(output)} | {manifest.NAME}

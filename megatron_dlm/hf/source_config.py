@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from megatron_dlm.config.tree import ModelConfig
 from megatron_dlm.errors import ConfigError
+from megatron_dlm.files import read_json_object
 
 OURS = "megatron_dlm"
 """``model_type`` of the diffusion models that megatron_dlm exports."""
@@ -76,7 +77,7 @@ def read_source_config(directory: Path) -> SourceModel:
         ConfigError: there is none, or it says what we cannot represent; one line with the field and its value.
     """
     path = directory / "config.json"
-    config = read_json(path)
+    config = read_json_object(path, "give the folder of a complete model")
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         raise ConfigError(f"{path}: model_type is {model_type!r}; can be imported: {', '.join(_ARCHITECTURES)}")
@@ -123,20 +124,6 @@ def read_source_config(directory: Path) -> SourceModel:
         max_positions=integer("max_position_embeddings", absent=32768 if qwen else 2048),
         mask_token_id=_mask_token_id(config, path) if model_type == OURS else None,
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ``ConfigError`` where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; give the folder of a model") from None
-    except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not JSON: {reason}; get it again") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is not a JSON object; get it again")
-    return content
 
 
 def _check(config: Mapping[str, Any], model_type: str, path: Path) -> None:

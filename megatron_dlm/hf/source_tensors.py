@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_dlm.errors import ConfigError
-from megatron_dlm.hf.source_config import read_json
+from megatron_dlm.files import read_json_object
 from megatron_dlm.packages import optional_module
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -111,7 +111,7 @@ def _find(directory: Path) -> dict[Path, list[str] | None]:
             f", only {pickles[0]}; pickles are not read, so convert it: load and save_pretrained it" if pickles else ""
         )
         raise ConfigError(f"{directory} has no {SINGLE} or {INDEX}{found or '; give the folder of a model'}")
-    weight_map = read_json(directory / INDEX).get("weight_map")
+    weight_map = read_json_object(directory / INDEX, "get it again").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(f"{directory / INDEX} has no weight_map; get it again")
     files: dict[Path, list[str] | None] = {}

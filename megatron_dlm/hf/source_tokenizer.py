@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from megatron_dlm.data.tokenizer import END_OF_DOCUMENT_PIECE, MASK_PIECE, Tokenizer, load_tokenizer
 from megatron_dlm.errors import DataError
+from megatron_dlm.files import read_json_object
 from megatron_dlm.packages import optional_module
 
 MODEL, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -33,6 +34,7 @@ def convert_tokenizer(source: Path, directory: Path, *, mask_token: str | None) 
     tokenizer's own mask token, or else a new ``<|mask|>``. A new id is the next after the last one.
 
     Raises:
+        ConfigError: its settings are no JSON object; one line.
         DataError: there is no tokenizer.json, or text can spell the token that would be [MASK]; one line.
     """
     if not (source / MODEL).is_file():
@@ -85,12 +87,7 @@ def _settings(source: Path) -> dict[str, Any]:
     for name in (_OLD_SETTINGS, SETTINGS):
         path = source / name
         if path.exists():
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise DataError(f"cannot read {path}: {' '.join(str(error).split())}; get it again") from None
-            if not isinstance(content, dict):
-                raise DataError(f"{path} is not a JSON object; get it again")
+            content = read_json_object(path, "get it again")
             known = content if name == SETTINGS else {key: content.get(key) for key in ("mask_token", "eos_token")}
             merged.update({key: value for key, value in known.items() if value is not None})
     return merged

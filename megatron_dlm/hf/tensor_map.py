@@ -6,6 +6,7 @@ together (``linear_fc1``), norms named after the projection that follows them. T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,11 @@ class Part(NamedTuple):
     take: Callable[[Tensor], Tensor]
     """From our whole tensor, a contiguous tensor of ``shape``."""
 
+    @property
+    def numel(self) -> int:
+        """Its elements."""
+        return math.prod(self.shape)
+
 
 class Whole(NamedTuple):
     """One tensor of a checkpoint and what it is made of."""
@@ -35,6 +41,11 @@ class Whole(NamedTuple):
     parts: tuple[Part, ...]
     join: Callable[[Sequence[Tensor]], Tensor]
     """The inverse: from the parts in order to our whole tensor. Padding of the vocabulary is zero."""
+
+    @property
+    def numel(self) -> int:
+        """Its elements, padding included."""
+        return math.prod(self.shape)
 
 
 def weight_map(model: ModelConfig, vocab_size: int) -> list[Whole]:
@@ -91,23 +102,30 @@ def _gate_up(key: str, prefix: str, ffn: int, hidden: int) -> Whole:
     """SwiGLU's two inputs: the gate's rows first, then the other's."""
     gate = Part(f"{prefix}.gate_proj.weight", (ffn, hidden), lambda whole: whole[:ffn])
     up = Part(f"{prefix}.up_proj.weight", (ffn, hidden), lambda whole: whole[ffn:])
-    return Whole(key, (2 * ffn, hidden), (gate, up), torch.cat)
+    return Whole(key, (2 * ffn, hidden), (gate, up), lambda parts: torch.cat(list(parts)))
 
 
 def _query_key_value(key: str, prefix: str, model: ModelConfig) -> Whole:
-    """Rows of every query group: its heads' queries, then its key, then its value."""
+    """Rows of every query group: its heads' queries, then its key, then its value.
+
+    For two groups of two heads, in blocks of `head_dim` rows: ours is q0 q1 k0 v0 | q2 q3 k1 v1, theirs are
+    q0 q1 q2 q3, k0 k1 and v0 v1.
+    """
     hidden, dim, groups = model.hidden_size, model.resolved_head_dim, model.resolved_query_groups
-    heads = model.num_attention_heads // groups
+    heads = model.num_attention_heads // groups  # of one group
 
     def split(first: int, last: int) -> Callable[[Tensor], Tensor]:
         def take(whole: Tensor) -> Tensor:
+            # [groups, blocks of a group, head_dim, hidden]: the same blocks of every group, one group after the other.
             return whole.view(groups, heads + 2, dim, hidden)[:, first:last].reshape(-1, hidden)
 
         return take
 
     def join(parts: Sequence[Tensor]) -> Tensor:
+        # Each part in its groups, [groups, its blocks of a group, head_dim, hidden]; then side by side in every group.
         return torch.cat([part.view(groups, -1, dim, hidden) for part in parts], dim=1).view(-1, hidden)
 
+    # Of the `heads + 2` blocks of a group, where each part's begin and how many they are.
     parts = tuple(
         Part(f"{prefix}.{name}_proj.weight", (groups * count * dim, hidden), split(first, first + count))
         for name, first, count in (("q", 0, heads), ("k", heads, 1), ("v", heads + 1, 1))

@@ -63,7 +63,7 @@ def training_sample(
         DataError: there is no text, or none would remain to train on.
     """
     keys: list[int] = []
-    kept: list[tuple[int, int, bytes]] = []
+    kept: list[tuple[int, int, bytes]] = []  # a heap: its first has the smallest key; the index decides between copies
     size = 0
     for index, document in enumerate(documents):
         content = utf8(document)
@@ -72,10 +72,12 @@ def training_sample(
         keys.append(document_key(content, seed))
         heapq.heappush(kept, (keys[-1], index, content))
         size += len(content)
+        # The smallest key goes while what remains is still enough, so memory holds `max_bytes` and one document more.
         while size - len(kept[0][2]) >= max_bytes:
             size -= len(heapq.heappop(kept)[2])
     if not keys:
         raise DataError("the input has no text to train a tokenizer on: give other --input")
+    # Now that all keys are known, so is which documents are held out, by key, so that copies of them are too.
     all_keys = np.array(keys, dtype=np.uint64)
     excluded = set(all_keys[held_out(all_keys, valid_fraction)].tolist())
     return (content.decode() for key, _, content in sorted(kept, reverse=True) if key not in excluded)

@@ -286,18 +286,23 @@ def test_masks_that_are_refused(folder: Path, take: Take) -> None:
 
 def test_tokenizers_that_are_refused(folder: Path, take: Take) -> None:
     save_source(folder, "llama")
-    for name, content, message in (
-        ("tokenizer_config.json", "{", "cannot read .*tokenizer_config.json"),
-        ("tokenizer_config.json", "[]", "tokenizer_config.json is not a JSON object"),
-        ("tokenizer.json", "{}", "is no tokenizer.json"),
-        ("tokenizer.json", None, "has no tokenizer.json, so no tokenizer that can be taken over"),
+    for name, content, kind, message in (
+        (
+            "tokenizer_config.json",
+            "{",
+            ConfigError,
+            "tokenizer_config.json is not JSON: .*; get it again",
+        ),
+        ("tokenizer_config.json", "[]", ConfigError, "tokenizer_config.json is not a JSON object; get it again"),
+        ("tokenizer.json", "{}", DataError, "is no tokenizer.json"),
+        ("tokenizer.json", None, DataError, "has no tokenizer.json, so no tokenizer that can be taken over"),
     ):
         save_tokenizer(folder)
         if content is None:
             (folder / name).unlink()
         else:
             (folder / name).write_text(content)
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(kind, match=message):
             take()
     tokenizers.Tokenizer(tokenizers.models.WordLevel({}, unk_token="x")).save(str(folder / "tokenizer.json"))
     with pytest.raises(DataError, match="tokenizer.json has no tokens; give the tokenizer of the model"):

@@ -92,7 +92,11 @@ CASES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     ),
     "other tokenizer": (other_tokenizer, ConfigError, "tokenizer is not the tokenizer of its checkpoint; restore it"),
     "no tokenizer": (no_tokenizer, DataError, "is no tokenizer: give"),
-    "flipped bit": (flipped, ConfigError, "is damaged: the content of __0_0.distcp has changed"),
+    "flipped bit": (
+        flipped,
+        ConfigError,
+        "checkpoint .*source is damaged: the content of __0_0.distcp has changed .*; restore it or give another one$",
+    ),
     "cut": (lambda s: (s / "__0_0.distcp").write_bytes(b"x"), ConfigError, "__0_0.distcp has 1 bytes instead of"),
     "index": (
         lambda s: rewritten(s, ".metadata", "nonsense"),

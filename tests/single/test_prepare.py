@@ -255,13 +255,23 @@ def failing_documents(error: BaseException) -> Any:
 @pytest.mark.parametrize(
     ("name", "replacement", "raised", "message"),
     [
-        ("read_documents", failing_documents(DataError("bad input")), DataError, "bad input"),
-        ("read_documents", failing_documents(KeyboardInterrupt()), KeyboardInterrupt, None),
-        ("read_documents", failing_documents(OSError(errno.EIO, "I/O error", "a.txt")), DataError, "a.txt: I/O error"),
-        ("_builder_type", fail_with(RuntimeError("boom")), RuntimeError, "boom"),
-        ("_write_split", fail_with(OSError(errno.ENOSPC, "No space left on device")), DataError, "out: No space left"),
-        ("Metadata", fail_with(KeyboardInterrupt()), KeyboardInterrupt, None),
-        ("_move_into_place", fail_with(KeyboardInterrupt()), KeyboardInterrupt, None),
+        ("prepare.read_documents", failing_documents(DataError("bad input")), DataError, "bad input"),
+        ("prepare.read_documents", failing_documents(KeyboardInterrupt()), KeyboardInterrupt, None),
+        (
+            "prepare.read_documents",
+            failing_documents(OSError(errno.EIO, "I/O error", "a.txt")),
+            DataError,
+            "a.txt: I/O error",
+        ),
+        ("prepare.indexed_dataset_builder", fail_with(RuntimeError("boom")), RuntimeError, "boom"),
+        (
+            "prepare.write_split",
+            fail_with(OSError(errno.ENOSPC, "No space left on device")),
+            DataError,
+            "out: No space left",
+        ),
+        ("splits.Metadata", fail_with(KeyboardInterrupt()), KeyboardInterrupt, None),
+        ("prepare.move_into_place", fail_with(KeyboardInterrupt()), KeyboardInterrupt, None),
     ],
 )
 def test_nothing_is_left_after_a_failure(
@@ -274,7 +284,7 @@ def test_nothing_is_left_after_a_failure(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prepare_module, name, replacement)
+    monkeypatch.setattr(f"megatron_dlm.preparation.{name}", replacement)
     with pytest.raises(raised, match=message):
         prepare(options(jsonl, tmp_path / "deep/out"), workers=workers)
     assert list(tmp_path.iterdir()) == []
@@ -298,7 +308,7 @@ def test_a_failure_while_moving_leaves_nothing(jsonl: Path, tmp_path: Path, monk
 def test_a_failure_keeps_what_was_there(jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(options(jsonl, tmp_path))
     before = contents(tmp_path)
-    monkeypatch.setattr(prepare_module, "_write_split", fail_with(KeyboardInterrupt()))
+    monkeypatch.setattr(prepare_module, "write_split", fail_with(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         prepare(options(jsonl, tmp_path, seed=9), overwrite=True)
     assert contents(tmp_path) == before and prepare(options(jsonl, tmp_path)).already_done
