@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions, plan
+from megatron_dlm.generation.text_model import TextModel, open_text_model
 
 BASELINE = "exact count (ours)"
 
@@ -37,23 +38,17 @@ def random_table(length: int, seed: int) -> np.ndarray:
     return (masks * (cost + noise).clip(min=0.0)).sum(1)
 
 
-def model_table(checkpoint: str, text: str, length: int) -> np.ndarray:
-    """As ``random_table``, of a trained model and the last tokens of a text."""
-    from megatron_dlm.evaluation.likelihood import masked_loglikelihood
-    from megatron_dlm.generation.text_model import open_text_model
-
-    model = open_text_model(checkpoint)
-    tokens = model.tokenizer.encode(text)
-    masks = every_mask(length)[1:]
-    values = masked_loglikelihood(
-        model.own_tokens(),
-        tokens[:-length],
-        tokens[-length:],
-        torch.from_numpy(masks),
-        vocabulary=model.vocabulary,
-        device=model.device,
-    )
-    return np.concatenate([[0.0], -values.numpy() * masks.mean(1)])
+def model_table(model: TextModel, tokens: list[int], length: int) -> np.ndarray:
+    """As ``random_table``, of a trained model and the last ``length`` of the tokens."""
+    masks = torch.from_numpy(every_mask(length)[1:])  # of what is not masked at all there is nothing to ask
+    clean = torch.tensor(tokens).expand(len(masks), -1)
+    hidden = torch.nn.functional.pad(masks, (len(tokens) - length, 0))  # [masks, tokens]: the context is visible
+    noised = torch.where(hidden, model.vocabulary.mask_token_id, clean).to(model.device)
+    with torch.no_grad():
+        logits = model.own_tokens()(noised, None, hidden.flatten().nonzero()[:, 0].to(model.device))
+    losses = torch.zeros(hidden.shape, dtype=torch.float64)
+    losses[hidden] = torch.nn.functional.cross_entropy(logits.double().cpu(), clean[hidden], reduction="none")
+    return np.concatenate([[0.0], losses.sum(1).numpy()])
 
 
 def bound(table: np.ndarray, length: int) -> float:
@@ -109,9 +104,10 @@ def main() -> None:
     args = parser.parse_args()
     if (args.checkpoint is None) != (args.text is None):
         parser.error("--checkpoint and --text go together")
+    model = open_text_model(args.checkpoint) if args.checkpoint else None
     for length in args.tokens:
-        if args.checkpoint:
-            tables = [model_table(args.checkpoint, args.text, length)]
+        if model is not None:
+            tables = [model_table(model, model.tokenizer.encode(args.text), length)]
         else:
             tables = [random_table(length, seed) for seed in range(args.seeds)]
         for table in tables:

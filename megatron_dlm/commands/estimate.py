@@ -54,11 +54,12 @@ def run(args: argparse.Namespace) -> int:
 def _inference(args: argparse.Namespace) -> int:
     from megatron_dlm.costs.inference import inference_costs
     from megatron_dlm.costs.tables import inference_table, prompt_words
-    from megatron_dlm.figures.inference_costs import check_output, draw
+    from megatron_dlm.figures.inference_costs import draw
+    from megatron_dlm.figures.style import check_figure_output
 
     check_at_least(args, vocab_size=1, prompt_tokens=0)
     if args.output:
-        check_output(args.output)
+        check_figure_output(args.output)
     model, vocab_size, columns = model_shape(args.config, args.vocab_size)
     weights = PublishedConvention.of(model, vocab_size).parameters
     costs = inference_costs(model, vocab_size, head_columns=columns, prompt_tokens=args.prompt_tokens)

@@ -20,12 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw the figure and print its path. Raises ConfigError or DataError, one line."""
-    from megatron_dlm.figures.inference_costs import check_output
     from megatron_dlm.figures.runs import draw, read_runs
+    from megatron_dlm.figures.style import check_figure_output
 
     runs, label = read_runs(args.runs, args.x)
     output = args.output or RunFolder.at(args.runs[0]).path / "loss.png"
-    check_output(output)
+    check_figure_output(output)
     draw(runs, label, output)
     print(output)
     return 0

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from megatron_dlm.config.tree import ModelConfig
 from megatron_dlm.costs.inference import LENGTHS, Curve, InferenceCosts, inference_costs
-from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.errors import DataError
 from megatron_dlm.figures.style import BLUE, GREEN, GREY, ORANGE, RED, SKY, STYLE, save
 from megatron_dlm.shipped.sampler_plan import DEFAULT_BLOCK_LENGTH
 
-_SUFFIXES = (".png", ".svg", ".pdf")
 # Curves of our sampler by name: colour and label.
 _LINES = {
     "DLM, L steps": (RED, "DLM, one step a token"),
@@ -22,23 +20,6 @@ _LINES = {
     "AR, recomputed": (SKY, "AR, without a cache"),
     "AR, KV cache": (BLUE, "AR, KV cache"),
 }
-
-
-def check_output(output: Path) -> None:
-    """Find what would keep the figure from being written, before anything is computed.
-
-    Raises:
-        ConfigError: ``output`` has another suffix than .png, .svg or .pdf.
-        DataError: matplotlib is not installed, the folder does not exist, or ``output`` is one.
-    """
-    if find_spec("matplotlib") is None:
-        raise DataError("a figure needs the package matplotlib: pip install 'megatron-dlm[log]'")
-    if output.suffix.lower() not in _SUFFIXES:
-        raise ConfigError(f"--output {output} is no figure; name it with one of {', '.join(_SUFFIXES)}")
-    if output.is_dir():
-        raise DataError(f"cannot write {output}: it is a directory; choose another file")
-    if not output.parent.is_dir():
-        raise DataError(f"cannot write {output}: {output.parent} is no directory; make it first")
 
 
 def draw(

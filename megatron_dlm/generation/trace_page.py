@@ -10,14 +10,13 @@ import base64
 import hashlib
 import html
 import json
-import os
 import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from megatron_dlm.errors import DataError
-from megatron_dlm.files import write_text
+from megatron_dlm.files import check_file_output, write_text
 from megatron_dlm.generation.trace import CONTROL_SYMBOL, Trace, TraceRow
 
 _SLOT = re.compile(r"@(TITLE|STYLE_HASH|SCRIPT_HASH|TRACE)@")
@@ -45,12 +44,11 @@ def check_output(path: Path) -> None:
     """Find what would keep a page from being written, before there is one.
 
     Raises:
-        DataError: another suffix than .html or .htm, no folder to write into, or something there that is no file.
+        DataError: another suffix than .html or .htm, or as ``check_file_output``; one line.
     """
-    if path.suffix.lower() not in (".html", ".htm") or os.path.lexists(path) > path.is_file():
+    if path.suffix.lower() not in (".html", ".htm"):
         raise DataError(f"cannot write a page to {path}; give --trace a file name that ends in .html")
-    if not path.parent.is_dir():
-        raise DataError(f"cannot write {path}: {path.parent} is no directory; make it first")
+    check_file_output(path, "--trace")
 
 
 def write(trace: Trace, path: str | Path) -> None:

@@ -7,6 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
+
+from megatron_dlm.evaluation.likelihood import Request, loglikelihoods
+from megatron_dlm.evaluation.progress import collect
+from tests.questions import rigged
 
 EXAMPLE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "likelihood_error.py"))
 LENGTH = 4
@@ -19,6 +25,22 @@ def test_a_constant_cost_is_the_bound_of_every_estimator() -> None:
     assert EXAMPLE["planned"](table, LENGTH, "exact_count", 64, 0) == pytest.approx(-2.0 * LENGTH)
     assert EXAMPLE["rounded"](table, LENGTH, 64, np.random.default_rng(0)) == pytest.approx(-2.0 * LENGTH)
     assert EXAMPLE["planned"](table, LENGTH, "one_over_t", 64, 0) != pytest.approx(-2.0 * LENGTH, rel=1e-6)
+
+
+def test_the_table_of_a_model_has_the_bound_that_evaluate_finds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(258, 258, generator=generator)
+
+    def denoise(tokens: Tensor, lengths: Tensor | None, rows: Tensor) -> Tensor:
+        return weights[tokens].cumsum(1).flatten(0, 1)[rows]
+
+    model = rigged({})._replace(denoise=denoise)
+    tokens = list(b"a text, and an answer")
+    table = EXAMPLE["model_table"](model, tokens, LENGTH)
+    request = Request(tokens[:-LENGTH], tokens[-LENGTH:], 0)
+    (expected,) = collect(loglikelihoods(denoise, [request], vocabulary=model.vocabulary))
+    assert expected.standard_error == 0 and table[0] == 0
+    assert EXAMPLE["bound"](table, LENGTH) == pytest.approx(expected.value)
 
 
 def test_rounding_half_to_even_makes_even_counts_more_likely() -> None:

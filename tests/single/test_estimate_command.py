@@ -17,7 +17,7 @@ from megatron_dlm.config.tree import ModelConfig
 from megatron_dlm.costs.inference import Row, inference_costs, sampler_flops
 from megatron_dlm.costs.training import Point, compare_training, read_points
 from megatron_dlm.errors import DataError
-from megatron_dlm.figures import inference_costs as inference_figure
+from megatron_dlm.figures import style
 from megatron_dlm.formatting import format_flops, format_ratio
 from tests.exports import MODEL, make_checkpoint
 
@@ -137,7 +137,7 @@ def test_what_cannot_be_estimated_is_one_line(refused: Any, tmp_path: Path) -> N
 
 
 def test_a_figure_needs_matplotlib(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference_figure, "find_spec", lambda name: None)
+    monkeypatch.setattr(style, "find_spec", lambda name: None)
     assert "pip install 'megatron-dlm[log]'" in refused("inference", "--config", PAPER, "--output", "figure.png")
 
 
