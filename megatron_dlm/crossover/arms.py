@@ -252,7 +252,8 @@ def _ending_with_parent() -> Callable[[], None] | None:
 
 def _reason(folder: RunFolder, code: int) -> str:
     """Why an arm failed, in a line that names its log."""
-    if status := folder.status():
+    status = folder.status()
+    if status and status.exit_code == code:  # else it is of an earlier start, where this one did not get so far
         reason = status.reason
     else:
         reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

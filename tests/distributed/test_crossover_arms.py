@@ -24,9 +24,11 @@ import torch
 import yaml
 
 from megatron_dlm.cli import main
+from megatron_dlm.crossover import arms
 from megatron_dlm.crossover.arms import arm_environment
 from megatron_dlm.crossover.grid import load_crossover
 from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.run_folder import RunFolder, Status
 from tests.runs import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -169,9 +171,9 @@ def test_stopped_and_killed_it_is_the_one_that_was_left_alone(
         assert grid.saved_step(arm) == len(grid.steps(arm)) in (6, 7)
     # One arm is killed: it fails alone, and what is there is reported.
     process = grid.start(dlm=9, ar=9)
-    arms = psutil.Process(process.pid).children()
-    assert len(arms) == 2
-    next(arm for arm in arms if str(grid.output / DLM / "train.yaml") in arm.cmdline()).kill()
+    processes = psutil.Process(process.pid).children()
+    assert len(processes) == 2
+    next(arm for arm in processes if str(grid.output / DLM / "train.yaml") in arm.cmdline()).kill()
     wait_for(lambda: f"failed   {DLM} after " in grid.log(), process)
     assert len(grid.steps("ar")) == 9, "the other one is not disturbed"
     grid.allow(ar=STEPS)
@@ -212,6 +214,20 @@ def test_a_second_signal_ends_the_arms_at_once(tiny_data: Path, tmp_path: Path) 
         assert f"failed   {arm} after " in grid.log()
         assert not (grid.output / arm / "checkpoints" / "latest").exists()
     assert grid.log().count("stopped by a second signal before a checkpoint was saved") == 2
+
+
+def test_an_arm_that_cannot_say_why_it_ended(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = Grid(tmp_path, tiny_data)
+    RunFolder(grid.output / DLM).path.mkdir(parents=True)
+    RunFolder(grid.output / DLM).write_status(Status(75, "stopped at an earlier start"))
+    for command, reason in (("kill -KILL $$", "killed by SIGKILL"), ("exit 3", "exit code 3")):
+        monkeypatch.setattr(arms, "COMMAND", ("/bin/sh", "-c", command))
+        assert grid.run() == 1
+        printed = capsys.readouterr().out
+        for arm in (DLM, AR):
+            assert f"failed   {arm} after " in printed and f": {reason} (see {grid.output / arm}/train.log)" in printed
 
 
 def test_an_arm_gets_its_share_of_the_machine(whole: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
