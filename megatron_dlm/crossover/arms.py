@@ -35,6 +35,9 @@ from megatron_dlm.launch import (
 )
 from megatron_dlm.run_folder import RunFolder
 
+COMMAND = (sys.executable, "-m", "megatron_dlm")
+"""Starts this command line in a process of its own."""
+
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_BETWEEN_LINES, _SHARE_BETWEEN_LINES = 30.0, 0.02
 _SIGNAL_WHEN_PARENT_ENDS = 1  # prctl's PR_SET_PDEATHSIG
@@ -194,7 +197,7 @@ def _start(crossover: Crossover, arm: Arm, slot: int, stop: StopHandler, lock: i
     folder = folder_of(config)
     with open(folder.path / "train.log", "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_dlm", "train", "--config", str(folder.path / "train.yaml")],
+            [*COMMAND, "train", "--config", str(folder.path / "train.yaml")],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -249,7 +252,8 @@ def _ending_with_parent() -> Callable[[], None] | None:
 
 def _reason(folder: RunFolder, code: int) -> str:
     """Why an arm failed, in a line that names its log."""
-    if status := folder.status():
+    status = folder.status()
+    if status and status.exit_code == code:  # else it is of an earlier start, where this one did not get so far
         reason = status.reason
     else:
         reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,17 +1,19 @@
-"""A tiny crossover, trained: stopped, killed and continued it is the one left alone; arms are added and never mixed."""
+"""A tiny crossover, trained: stopped, killed and continued it is the one left alone; arms are added and never mixed.
+
+The arms of those that are disturbed wait for the test (tests/paced_command.py), so nothing depends on moments.
+"""
 
 from __future__ import annotations
 
 import copy
 import fcntl
 import json
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,18 @@ import torch
 import yaml
 
 from megatron_dlm.cli import main
+from megatron_dlm.crossover import arms
 from megatron_dlm.crossover.arms import arm_environment
 from megatron_dlm.crossover.grid import load_crossover
 from megatron_dlm.data.tokenizer import load_tokenizer
+from megatron_dlm.run_folder import RunFolder, Status
 from tests.runs import TINY
 
-STEPS = 90
+ROOT = Path(__file__).parents[2]
+STEPS = 30
 DLM, AR = "base-1500tokens-dlm-seed7", "base-1500tokens-ar-seed7"
-FORK = multiprocessing.get_context("fork")
+ARMS = {"dlm": DLM, "ar": AR, "masked": "base-1500tokens-ar-mask0.5-seed7"}
+STOPPING = "stopping after this step, and saving"
 
 
 class Grid:
@@ -41,10 +47,10 @@ class Grid:
         base["model"] |= {"num_layers": 2, "hidden_size": 32}
         base["data"] |= {"train": [{"path": str(data / "train")}], "valid": [{"path": str(data / "valid")}]}
         base["train"] |= {"steps": STEPS, "micro_batch_size": 8}
-        base["evaluate"] = {"interval": 10, "sequences": 8}
-        base["checkpoint"] = {"interval": 8, "keep": 1}
+        base["evaluate"] = {"interval": 5, "sequences": 8}
+        base["checkpoint"] = {"interval": 4, "keep": 1}
         self.tree: dict[str, Any] = {"base": base, "grid": {"unique_tokens": [1500], "seeds": [7]}, "arms_at_once": 2}
-        self.output, self.config = folder / "out", folder / "grid.yaml"
+        self.output, self.config, self.pace = folder / "out", folder / "grid.yaml", folder / "pace"
 
     def arguments(self, *options: str) -> list[str]:
         self.config.write_text(yaml.safe_dump(self.tree))
@@ -53,54 +59,56 @@ class Grid:
     def run(self, *options: str) -> int:
         return main(self.arguments(*options))
 
-    def start(self) -> BaseProcess:
-        """Run in a process of its own, which can be killed."""
-        process = FORK.Process(target=_run, args=(self.arguments(), self.output.parent / "log"))
-        process.start()
+    def start(self, **steps: int) -> subprocess.Popen[bytes]:
+        """Start it in a process of its own; return when each arm of ``steps`` waits with so many on record."""
+        self.allow(**{"dlm": STEPS, "ar": STEPS, **steps})
+        with (self.output.parent / "log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.paced_command", *self.arguments()],
+                cwd=ROOT,
+                env={**os.environ, "PACE": str(self.pace)},
+                stdout=log,
+                stderr=log,
+            )
+        for name, count in steps.items():
+            wait_for(lambda name=name, count=count: len(self.steps(name)) >= count, process)
         return process
+
+    def allow(self, **steps: int) -> None:
+        """Let these arms go on to these steps."""
+        self.pace.mkdir(exist_ok=True)
+        for name, count in steps.items():
+            (self.pace / "new").write_text(str(count))
+            (self.pace / "new").rename(self.pace / ARMS[name])
 
     def log(self) -> str:
         return (self.output.parent / "log").read_text()
 
+    def arm_log(self, arm: str) -> str:
+        return (self.output / ARMS[arm] / "train.log").read_text()
+
     def steps(self, arm: str) -> list[tuple[int, float]]:
-        path = self.output / arm / "metrics.jsonl"
+        path = self.output / ARMS[arm] / "metrics.jsonl"
         whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
         return [(r["step"], r["loss"]) for r in map(json.loads, whole) if "loss" in r]
 
-    def done(self) -> list[int]:
-        """Steps of both arms."""
-        return [len(self.steps(arm)) for arm in (DLM, AR)]
+    def saved_step(self, arm: str) -> int:
+        latest = self.output / ARMS[arm] / "checkpoints" / "latest"
+        return int(latest.read_text().strip().removeprefix("step-"))
 
     def starts(self, arm: str) -> int:
         """How often it was started."""
-        return (self.output / arm / "train.log").read_text().count("versions   megatron_dlm")
+        return self.arm_log(arm).count("versions   megatron_dlm")
 
     def result(self) -> dict[str, Any]:
         return json.loads((self.output / "crossover.json").read_text())
 
 
-def _run(arguments: list[str], log: Path) -> None:
-    file = log.open("a", buffering=1)
-    sys.stdout = sys.stderr = file
-    raise SystemExit(main(arguments))
-
-
-def wait_for(condition: Callable[[], Any], process: BaseProcess) -> None:
-    until = time.monotonic() + 180
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> None:
+    """Return when it holds, which it must before the process ends."""
     while not condition():
-        assert process.is_alive() and time.monotonic() < until
-        time.sleep(0.005)
-
-
-def arms_of(process: BaseProcess) -> list[psutil.Process]:
-    assert process.pid is not None
-    return psutil.Process(process.pid).children()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    """A forked process that uses a pool of threads which its parent has made hangs."""
-    torch.set_num_threads(1)
+        assert process.poll() is None or condition()
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +128,12 @@ def test_a_pair_is_trained_and_reported(whole: Grid, capsys: pytest.CaptureFixtu
         "crossover.md",
         "crossover.png",
     ]
-    for arm in (DLM, AR):
+    for arm in ("dlm", "ar"):
         assert [step for step, _ in whole.steps(arm)] == list(range(1, STEPS + 1))
     (cell,) = whole.result()["cells"]
     assert {arm["name"] for arm in cell["arms"]} == {DLM, AR}
     curves = [arm["curves"]["loss"] for arm in cell["arms"]]
-    assert curves[0]["epochs"] == curves[1]["epochs"] and len(curves[0]["epochs"]) == STEPS // 10
+    assert curves[0]["epochs"] == curves[1]["epochs"] and len(curves[0]["epochs"]) == STEPS // 5
     assert curves[0]["values"] != curves[1]["values"]
     (comparison,) = cell["comparisons"]
     assert comparison["by_seed"]["7"]["last_epoch"] == curves[0]["epochs"][-1]
@@ -135,7 +143,7 @@ def test_a_pair_is_trained_and_reported(whole: Grid, capsys: pytest.CaptureFixtu
         assert whole.run(*options) == 0
         assert (whole.output / "crossover.json").read_bytes() == before
     assert "2 finished before" in capsys.readouterr().out
-    assert whole.starts(DLM) == whole.starts(AR) == 1
+    assert whole.starts("dlm") == whole.starts("ar") == 1
 
 
 def test_pairs_read_the_same_sequences(whole: Grid) -> None:
@@ -146,87 +154,80 @@ def test_pairs_read_the_same_sequences(whole: Grid) -> None:
     assert (tokens[0] == tokens[1]).all()
 
 
+@pytest.mark.time_limit(1800)  # starts four crossovers, one after the other
 def test_stopped_and_killed_it_is_the_one_that_was_left_alone(
     whole: Grid, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = Grid(tmp_path, tiny_data)
     # Stopped with a signal: every arm saves.
-    process = grid.start()
-    wait_for(lambda: min(grid.done()) >= 4, process)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGINT)
-    process.join(120)
-    assert process.exitcode == 75
+    process = grid.start(dlm=5, ar=5)
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: STOPPING in grid.arm_log("dlm") and STOPPING in grid.arm_log("ar"), process)
+    grid.allow(dlm=STEPS, ar=STEPS)
+    assert process.wait() == 75
     assert "stopped: everything is saved, and the same command goes on" in grid.log()
-    for arm in (DLM, AR):
-        assert json.loads((grid.output / arm / "status.json").read_text())["exit_code"] == 75
-        root = grid.output / arm / "checkpoints"
-        assert int((root / "latest").read_text().strip().removeprefix("step-")) == len(grid.steps(arm)) < STEPS
-    # Killed: the arms notice, and save too.
-    stopped_at = max(grid.done())
-    process = grid.start()
-    wait_for(lambda: min(grid.done()) >= stopped_at + 4, process)
-    arms = arms_of(process)
-    for arm_process in arms:
-        arm_process.suspend()
+    for arm in ("dlm", "ar"):
+        assert json.loads((grid.output / ARMS[arm] / "status.json").read_text())["exit_code"] == 75
+        assert grid.saved_step(arm) == len(grid.steps(arm)) in (6, 7)
+    # One arm is killed: it fails alone, and what is there is reported.
+    process = grid.start(dlm=9, ar=9)
+    processes = psutil.Process(process.pid).children()
+    assert len(processes) == 2
+    next(arm for arm in processes if str(grid.output / DLM / "train.yaml") in arm.cmdline()).kill()
+    wait_for(lambda: f"failed   {DLM} after " in grid.log(), process)
+    assert len(grid.steps("ar")) == 9, "the other one is not disturbed"
+    grid.allow(ar=STEPS)
+    assert process.wait() == 1
+    assert "killed by SIGKILL" in grid.log() and f"finished {AR} after" in grid.log()
+    assert f"the same command tries them again: {DLM}" in grid.log()
+    assert grid.result()["unfinished"] == [DLM]
+    # The crossover is killed: its arm notices, and saves too.
+    process = grid.start(dlm=13)
+    (arm_process,) = psutil.Process(process.pid).children()
     process.kill()
-    process.join()
-    assert grid.run() == 2, "nobody else begins while they save"
+    process.wait()
+    while grid.arm_log("dlm").count(STOPPING) < 2:
+        assert arm_process.is_running()
+        time.sleep(0.01)
+    assert grid.run() == 2, "nobody else begins before it has saved"
     assert "another run is using" in capsys.readouterr().err
-    for arm_process in arms:
-        arm_process.resume()
-    _, alive = psutil.wait_procs(arms, timeout=120)
-    assert len(arms) == 2 and not alive, "arms do not outlive their crossover"
-    for arm in (DLM, AR):
-        assert json.loads((grid.output / arm / "status.json").read_text())["exit_code"] == 75
-    assert max(grid.done()) < STEPS and not (grid.output / "crossover.json").exists()
-    # One arm is killed: it fails alone.
-    grid.tree["arms_at_once"] = 1
-    killed_at = len(grid.steps(DLM))
-    process = grid.start()
-    wait_for(lambda: len(grid.steps(DLM)) >= killed_at + 4, process)
-    (arm_process,) = arms_of(process)
-    arm_process.kill()
-    process.join(120)
-    assert process.exitcode == 1
-    assert f"failed   {DLM} after " in grid.log() and "killed by SIGKILL" in grid.log()
-    assert f"finished {AR} after" in grid.log() and f"the same command tries them again: {DLM}" in grid.log()
-    assert grid.result()["unfinished"] == [DLM], "what is there is reported"
-    # And once more.
+    grid.allow(dlm=STEPS)
+    psutil.wait_procs([arm_process])
+    assert grid.saved_step("dlm") == len(grid.steps("dlm")) in (14, 15)
+    # And once more, to the end.
     assert grid.run() == 0
-    for arm in (DLM, AR):
+    for arm in ("dlm", "ar"):
         assert grid.steps(arm) == whole.steps(arm)
-        assert "resume     " in (grid.output / arm / "train.log").read_text()
-    assert (grid.starts(DLM), grid.starts(AR)) == (4, 3), "what was finished is not started again"
+        assert "resume     " in grid.arm_log(arm)
+    assert (grid.starts("dlm"), grid.starts("ar")) == (4, 2), "what was finished is not started again"
     assert grid.result()["cells"] == whole.result()["cells"]
 
 
-def test_a_second_signal_ends_the_arms_at_once(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_signal_ends_the_arms_at_once(tiny_data: Path, tmp_path: Path) -> None:
     grid = Grid(tmp_path, tiny_data)
-    pace, python = tmp_path / "pace", tmp_path / "python"
-    pace.write_text("3")  # the step after has no end
-    python.write_text(f'#!/bin/sh\nshift 2\nexec "{sys.executable}" -m tests.paced_command "$@"\n')
-    python.chmod(0o755)
-    monkeypatch.setenv("PACE", str(pace))
-    monkeypatch.setattr(sys, "executable", str(python))
-    process = grid.start()
-    wait_for(lambda: min(grid.done()) == 3, process)
-    arms = arms_of(process)
-    assert process.pid is not None and len(arms) == 2
-    until = time.monotonic() + 180
-    signals = 0
-    while process.is_alive():  # two that come before an arm has looked are one to it
-        assert time.monotonic() < until
-        os.kill(process.pid, signal.SIGINT)
-        signals += 1
-        process.join(2)
-    assert signals > 1 and process.exitcode == 1 and not any(arm.is_running() for arm in arms)
+    process = grid.start(dlm=3, ar=3)
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: STOPPING in grid.arm_log("dlm") and STOPPING in grid.arm_log("ar"), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 1  # both in the middle of a step that has no end
     for arm in (DLM, AR):
         assert f"failed   {arm} after " in grid.log()
         assert not (grid.output / arm / "checkpoints" / "latest").exists()
     assert grid.log().count("stopped by a second signal before a checkpoint was saved") == 2
+
+
+def test_an_arm_that_cannot_say_why_it_ended(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = Grid(tmp_path, tiny_data)
+    RunFolder(grid.output / DLM).path.mkdir(parents=True)
+    RunFolder(grid.output / DLM).write_status(Status(75, "stopped at an earlier start"))
+    for command, reason in (("kill -KILL $$", "killed by SIGKILL"), ("exit 3", "exit code 3")):
+        monkeypatch.setattr(arms, "COMMAND", ("/bin/sh", "-c", command))
+        assert grid.run() == 1
+        printed = capsys.readouterr().out
+        for arm in (DLM, AR):
+            assert f"failed   {arm} after " in printed and f": {reason} (see {grid.output / arm}/train.log)" in printed
 
 
 def test_an_arm_gets_its_share_of_the_machine(whole: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,14 +254,14 @@ def test_a_larger_grid_adds_arms_and_other_contents_are_refused(
         whole.tree["grid"]["autoregressive"] = {"input_mask_ratio": [0.0, 0.5]}
         assert whole.run("--plan") == 0
         planned = capsys.readouterr().out.splitlines()
-        masked = "base-1500tokens-ar-mask0.5-seed7"
+        masked = ARMS["masked"]
         assert [line.startswith("# finished: ") for line in planned] == [True, True, False]
         assert planned[2] == f"megatron-dlm train --config {whole.output / masked / 'train.yaml'}"
         assert not (whole.output / masked / "metrics.jsonl").exists()
         assert whole.run("--report") == 0 and whole.result()["unfinished"] == [masked]
         assert whole.run() == 0
         assert {c["variant"] for c in whole.result()["cells"][0]["comparisons"]} == {"AR", "AR mask0.5"}
-        assert whole.starts(DLM) == whole.starts(AR) == whole.starts(masked) == 1
+        assert whole.starts("dlm") == whole.starts("ar") == whole.starts("masked") == 1
         capsys.readouterr()
         whole.tree["base"]["optimizer"]["lr"] = 5e-4
         assert whole.run() == 2
