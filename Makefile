@@ -60,7 +60,7 @@ test-py312:  ## The same with Python 3.12 and the newest supported megatron-core
 lint: $(STAMP)  ## Style (ruff)
 	$(RUN) ruff check .
 
-types: $(STAMP)  ## Types of the kernels, the objective and the configuration (mypy)
+types: $(STAMP)  ## Types of the library and the kernels (mypy)
 	$(RUN) mypy
 
 clean:  ## Remove the environments and caches, but not runs/
