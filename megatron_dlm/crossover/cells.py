@@ -123,6 +123,7 @@ def _find_potential(cell: Cell, cells: Sequence[Cell]) -> None:
     """The AR's budget that matches the DLM of ``cell``, for each seed and for the means over seeds."""
 
     def potential(seeds: Sequence[int]) -> Potential | None:
+        # A budget counts if it has an AR with each of the seeds; whether it has a DLM is no matter.
         known = [c for c in cells if seeds and all(c.best_ar(seed) for seed in seeds)]
         if not known:
             return None

@@ -203,7 +203,7 @@ def compare(dlm: Curve, ar: Curve, *, higher: bool = False) -> Comparison:
     ci95 = np.hypot(dlm.ci95, ar.ci95)
     epoch = last_crossing(epochs, gap)
     ahead = gap < 0
-    low = last_crossing(epochs, gap - ci95)
+    low = last_crossing(epochs, gap - ci95)  # None for either reason: ahead throughout, as the gap itself crosses
     return Comparison(
         kind="crosses" if epoch is not None else "always" if ahead[-1] else "never",
         epoch=epoch,
@@ -218,12 +218,13 @@ def compare(dlm: Curve, ar: Curve, *, higher: bool = False) -> Comparison:
 
 def last_crossing(epochs: np.ndarray, gap: np.ndarray) -> float | None:
     """Where ``gap`` [evaluations] falls below 0 for good; None where it does not, or was never at 0 or above."""
-    behind = np.flatnonzero(~(gap < 0))
+    behind = np.flatnonzero(~(gap < 0))  # not `gap >= 0`: what is not a number is not ahead either
     if not len(behind) or behind[-1] == len(gap) - 1:
         return None
-    i = int(behind[-1])
-    if not math.isfinite(gap[i]):
+    i = int(behind[-1])  # the last evaluation that is not ahead; all after it are
+    if not math.isfinite(gap[i]):  # of a run without intervals: there is no line to draw to the next one
         return float(epochs[i + 1])
+    # The straight line from (epochs[i], gap[i] >= 0) to (epochs[i + 1], gap[i + 1] < 0) is 0 here.
     return float(epochs[i] + (epochs[i + 1] - epochs[i]) * gap[i] / (gap[i] - gap[i + 1]))
 
 
@@ -235,11 +236,13 @@ def data_potential(target: float, ar_best: Mapping[int, float]) -> Potential:
         ar_best: the AR's best by unique tokens; between two of them it is taken to be linear in their logarithm.
     """
     budgets = sorted(ar_best)
+    # The smallest budget that is enough. An AR that does worse with still more data does not change it.
     reached = next((i for i, tokens in enumerate(budgets) if ar_best[tokens] <= target), None)
     if reached is None:
         return Potential(float(budgets[-1]), ">")
     if reached == 0:
         return Potential(float(budgets[0]), "<=")
+    # Between this budget and the one before, of which the loss is above the target.
     before, after = budgets[reached - 1], budgets[reached]
     share = (ar_best[before] - target) / (ar_best[before] - ar_best[after])
     return Potential(math.exp(math.log(before) + share * math.log(after / before)), "=")
