@@ -5,7 +5,6 @@ What is finished is not trained again; what was stopped or killed goes on from i
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 from megatron_dlm.config.load import dump_yaml
 from megatron_dlm.config.tree import Config
+from megatron_dlm.crossover import end_with_parent
 from megatron_dlm.crossover.curves import Arm
 from megatron_dlm.crossover.grid import Crossover, check_recorded, first_difference, folder_of
 from megatron_dlm.errors import ConfigError, DataError
@@ -40,7 +40,6 @@ COMMAND = (sys.executable, "-m", "megatron_dlm")
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_BETWEEN_LINES, _SHARE_BETWEEN_LINES = 30.0, 0.02
-_SIGNAL_WHEN_PARENT_ENDS = 1  # prctl's PR_SET_PDEATHSIG
 
 
 class Outcome(NamedTuple):
@@ -197,14 +196,16 @@ def _start(crossover: Crossover, arm: Arm, slot: int, stop: StopHandler, lock: i
     folder = folder_of(config)
     with open(folder.path / "train.log", "ab") as log:
         process = subprocess.Popen(
-            [*COMMAND, "train", "--config", str(folder.path / "train.yaml")],
+            [
+                *(sys.executable, "-m", end_with_parent.__name__, str(os.getpid())),
+                *(*COMMAND, "train", "--config", str(folder.path / "train.yaml")),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             process_group=0,  # a terminal's Ctrl-C comes to the crossover, which hands it on
             pass_fds=(lock,),  # nobody else begins with this crossover while one of its arms still saves
             env=arm_environment(config, slot, crossover.arms_at_once),
-            preexec_fn=_ending_with_parent(),
         )
     if stop.received:  # it came before there was a process that it could be handed to
         process.terminate()
@@ -228,26 +229,6 @@ def arm_environment(config: Config, slot: int, slots: int) -> dict[str, str]:
         names = visible if len(visible) >= gpus else [str(i) for i in range(gpus)]
         found["CUDA_VISIBLE_DEVICES"] = ",".join(names[(slot * workers + i) % gpus] for i in range(workers))
     return found
-
-
-def _ending_with_parent() -> Callable[[], None] | None:
-    """What a new process runs before it becomes an arm: it asks for a SIGTERM, at which it saves, when this one ends.
-
-    None where that cannot be asked for, which is anywhere but on Linux.
-    """
-    # Found here and not in the new process: between fork and exec other threads' locks, such as the dynamic linker's,
-    # may be held for ever, so it must do next to nothing.
-    try:
-        prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-    except (OSError, AttributeError):
-        return None
-
-    def ask() -> None:
-        prctl(_SIGNAL_WHEN_PARENT_ENDS, signal.SIGTERM)
-        if os.getppid() != parent:  # it has ended before
-            os._exit(STOPPED)
-
-    return ask
 
 
 def _reason(folder: RunFolder, code: int) -> str:
