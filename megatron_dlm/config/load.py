@@ -101,7 +101,7 @@ def _set(tree: dict[str, Any], name: str, text: str) -> None:
     """Set one value of ``tree``, or, for a name that ends in +, add it to a list."""
     *sections, key = name.removesuffix("+").split(".")
     # What is a string stays as it was typed, whatever YAML would make of it.
-    typed = _is_text(sections, key) and text not in ("null", "~")
+    typed = _is_text(sections, key, added=name.endswith("+")) and text not in ("null", "~")
     value = text if typed else load_yaml(text, f"--{name}")
     for section in sections:
         inner = tree.setdefault(section, {})
@@ -114,13 +114,16 @@ def _set(tree: dict[str, Any], name: str, text: str) -> None:
     tree[key] = value
 
 
-def _is_text(sections: Sequence[str], key: str) -> bool:
-    """Whether the tree has a string at this place."""
+def _is_text(sections: Sequence[str], key: str, *, added: bool) -> bool:
+    """Whether the tree has a string at this place, or with ``added`` a list of strings."""
     cls: Any = Config
     for section in sections:
         cls = typing.get_type_hints(cls).get(section) if is_dataclass(cls) else None
     hint = typing.get_type_hints(cls).get(key) if is_dataclass(cls) else None
-    return hint is str or str in typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType) or (added and origin is list):
+        return str in typing.get_args(hint)
+    return hint is str
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -167,5 +167,5 @@ def test_other_errors_keep_their_traceback(tiny_data: Path, monkeypatch: pytest.
     monkeypatch.setattr(dry, "accumulate_gradients", fail)
     config = tiny_config(tiny_data)
     with pytest.raises(RuntimeError, match="shapes do not match") as raised:
-        dry.dry_batch(build(config, initialize(config.parallel)), step=0)
+        dry.dry_batch(build(config, initialize(config.parallel)), Progress())
     assert not isinstance(raised.value, ConfigError)

@@ -113,8 +113,8 @@ def test_autoregressive_arm_on_one_process_with_epochs(config: Path) -> None:
 def test_a_stop_signal_in_the_last_step_is_too_late(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_dlm.training import trainer
 
-    def signalled(training: Any, *, step: int, stop_requested: bool) -> Any:
-        return step_function(training, step=step)._replace(stop_requested=step == 11)
+    def signalled(training: Any, progress: Any, *, stop_requested: bool) -> Any:
+        return step_function(training, progress)._replace(stop_requested=progress.step == 11)
 
     step_function = trainer.train_step
     monkeypatch.setattr(trainer, "train_step", signalled)

@@ -316,3 +316,11 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     path.write_text("model:\n  hidden_size: 3\n  hidden_size: 4\n")
     with pytest.raises(ConfigError, match="twice.yaml:3 .*'hidden_size' stands twice"):
         load_config(["--config", str(path)])
+
+
+def test_lists_and_mappings_on_the_command_line() -> None:
+    options = ["--evaluate.prompts", "[a, 'b: c', 1e3]", "--evaluate.prompts+", "[x]: y"]
+    options += ["--model.transformer_config", "{add_qkv_bias: true}"]
+    config = parse_config(options)
+    assert config.evaluate.prompts == ["a", "b: c", "1e3", "[x]: y"]  # what is added is one text as it was typed
+    assert config.model.transformer_config == {"add_qkv_bias": True}
