@@ -17,7 +17,10 @@ _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 _ROWS = 1024
 
 CHECKPOINT_METADATA = {"non_homogeneous_layers": True}
-"""Gives every layer's tensors keys with the global layer index, under PP and interleaving too."""
+"""Gives every layer's tensors keys with the global layer index, under PP and interleaving too.
+
+Pass a copy: megatron puts process groups into what it is given, which no checkpoint could hold.
+"""
 
 
 def initialize_weights(chunks: Iterable[MegatronModule], *, seed: int, num_layers: int, std: float) -> None:
@@ -28,7 +31,7 @@ def initialize_weights(chunks: Iterable[MegatronModule], *, seed: int, num_layer
     Call it on the bare chunks, before the data-parallel wrapper and the optimizer copy the weights.
     """
     for chunk in chunks:
-        state = chunk.sharded_state_dict(metadata=CHECKPOINT_METADATA)
+        state = chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
         apply_factories(state)
         for tensor in nested_values(state):
             if isinstance(tensor, ShardedTensor) and tensor.data is not None and tensor.data.ndim >= 2:

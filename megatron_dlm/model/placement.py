@@ -44,7 +44,7 @@ def place(chunks: Sequence[MegatronModule]) -> list[Placed]:
     """Every parameter of the bare ``chunks`` with its blocks, from megatron's own description of its shards."""
     placed = []
     for index, chunk in enumerate(chunks):
-        state = chunk.sharded_state_dict(metadata=CHECKPOINT_METADATA)
+        state = chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
         described = {id(base.data): base for base in nested_values(state) if isinstance(base.data, Tensor)}
         for name, parameter in chunk.named_parameters():
             base = described.get(id(parameter))
