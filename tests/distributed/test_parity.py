@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 from tests.runs import Trace, run_cases, tiny_config
 
 pytestmark = pytest.mark.time_limit(3600)  # all runs are those of the first test
-STEPS, BATCH = 20, 8
+STEPS, BATCH = 20, 16
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
