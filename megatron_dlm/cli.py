@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except (ConfigError, DataError) as error:
-        from megatron_dlm.launch import is_first_rank
+        from megatron_dlm.launch.place import is_first_rank
 
         if is_first_rank():
             print(f"megatron-dlm: error: {error}", file=sys.stderr)

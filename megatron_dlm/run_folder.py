@@ -86,6 +86,21 @@ class RunFolder:
         """Locked by the run that is writing the folder."""
         return self.path / ".lock"
 
+    @property
+    def owner(self) -> Path:
+        """Host and process of the run that is writing the folder, where the file system has no locks."""
+        return self.path / ".owner.json"
+
+    @property
+    def stacks(self) -> Path:
+        """Folder of the Python stacks of ranks that did not go on, a file each."""
+        return self.path / "stacks"
+
+    @property
+    def stop_marker(self) -> Path:
+        """Names the start of torchrun whose workers were stopped by a signal, and must not be started again."""
+        return self.path / ".stopped"
+
     def status(self) -> Status | None:
         """How the run ended; None while it runs, and where nothing can be read."""
         try:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from megatron_dlm import launch
 from megatron_dlm.config.tree import ModelConfig, ParallelConfig
 from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.launch import place
 
 if TYPE_CHECKING:
     from megatron_dlm.generation.text_model import TextModel
@@ -65,7 +65,7 @@ def layout_of(args: argparse.Namespace) -> ParallelConfig:
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
     )
     check_at_least(args, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
-    several = launch.started_by_torchrun() and int(os.environ["WORLD_SIZE"]) > 1
+    several = place.adopt() and int(os.environ["WORLD_SIZE"]) > 1
     if layout.model_parallel_size > 1 and not several:
         raise ConfigError(
             f"this layout needs {layout.model_parallel_size} processes: torchrun --nproc-per-node "

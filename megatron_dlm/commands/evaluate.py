@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dlm import launch
 from megatron_dlm.commands.common import (
     add_checkpoint,
     add_layout,
@@ -23,6 +22,7 @@ from megatron_dlm.commands.common import (
 )
 from megatron_dlm.errors import ConfigError
 from megatron_dlm.files import check_file_output, write_json
+from megatron_dlm.launch import place
 
 if TYPE_CHECKING:
     from megatron_dlm.evaluation.likelihood_masks import LikelihoodOptions
@@ -117,7 +117,7 @@ def _run(model: TextModel, path: str, asked: Asked, args: argparse.Namespace) ->
     from megatron_dlm.evaluation.run_tasks import open_answers
     from megatron_dlm.packages import versions
 
-    first = launch.is_first_rank()
+    first = place.is_first_rank()
     identity = identify(path, model)
     if first:
         print(f"model    {model.name}", flush=True)

@@ -9,10 +9,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from megatron_dlm import launch
 from megatron_dlm.commands.common import add_checkpoint, add_layout, layout_of, opened, refusing, say
 from megatron_dlm.config.check import MAX_SEQUENCE_LENGTH
 from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.launch import place
 from megatron_dlm.shipped.sampler_plan import DEFAULT_BLOCK_LENGTH, Remasking, SamplerOptions
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _sample(model: TextModel, texts: list[str], options: SamplerOptions, args: a
     from megatron_dlm.generation.trace_page import write
     from megatron_dlm.generation.watching import generate_watched
 
-    first, new = launch.is_first_rank(), 0 if args.infill else args.max_new_tokens
+    first, new = place.is_first_rank(), 0 if args.infill else args.max_new_tokens
     if args.infill:
         prompts = [model.encode_holes(text, args.infill_tokens) for text in texts]
         model = model.forbidding([model.tokenizer.end_of_document_id])  # such a text goes on behind its holes

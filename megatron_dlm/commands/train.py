@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_dlm import launch
 from megatron_dlm.config.check import validate
 from megatron_dlm.config.load import parse_config
 from megatron_dlm.config.tree import Config
+from megatron_dlm.launch import place
+from megatron_dlm.launch.launcher import join, launch
 
 
 def run(argv: Sequence[str]) -> int:
     """Train as ``argv`` says and return the exit code (see ``launch``). Raises ``ConfigError``."""
     config = parse_config(argv)
-    if launch.started_by_torchrun():
-        return launch.join(_work, config, check)
-    return launch.launch(_work, config, check=check)
+    if place.adopt():
+        return join(_work, config, check)
+    place.refuse_batch_script()
+    return launch(_work, config, check=check)
 
 
 def check(config: Config, world_size: int) -> None:

@@ -27,8 +27,8 @@ _POSITIVE = (
     "checkpoint.keep"
 ).split()
 _NOT_NEGATIVE = (
-    "run.seed train.max_skipped_steps optimizer.min_lr optimizer.warmup_steps optimizer.decay_steps "
-    "optimizer.weight_decay optimizer.clip_grad"
+    "run.seed run.timeout_minutes run.step_timeout_minutes train.max_skipped_steps optimizer.min_lr "
+    "optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay optimizer.clip_grad"
 ).split()
 _AT_MOST_ONE = "diffusion.random_length_probability autoregressive.input_mask_ratio".split()
 _BELOW_ONE = ("model.attention_dropout model.hidden_dropout diffusion.eps optimizer.beta1 optimizer.beta2").split()

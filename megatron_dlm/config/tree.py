@@ -20,6 +20,11 @@ class RunConfig:
     """Directory of everything the run writes: checkpoints, metrics.jsonl, TensorBoard events, status.json."""
     seed: int = 1234
     """Seed of the weights, the data order and the noise (0 to 2**64 - 1)."""
+    timeout_minutes: float = 30.0
+    """Longest that ranks wait for each other at the start, in the first step and in a save (minutes); 0: for ever."""
+    step_timeout_minutes: float = 10.0
+    """Longest that a micro-batch, or the end of a step, may take before the run ends with the name of the rank that is
+    missing and the stacks of all (minutes); 0: for ever."""
 
 
 @dataclass

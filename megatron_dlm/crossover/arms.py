@@ -24,16 +24,10 @@ from megatron_dlm.crossover.grid import Crossover, check_recorded, first_differe
 from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.files import write_text
 from megatron_dlm.formatting import format_duration
-from megatron_dlm.launch import (
-    DONE,
-    FAILED,
-    STOPPED,
-    StopHandler,
-    Stopped,
-    count_workers,
-    directory_in_use,
-)
-from megatron_dlm.run_folder import RunFolder
+from megatron_dlm.launch.launcher import count_workers
+from megatron_dlm.launch.run_lock import directory_in_use
+from megatron_dlm.launch.stop_signal import StopHandler, Stopped
+from megatron_dlm.run_folder import DONE, FAILED, STOPPED, RunFolder
 
 COMMAND = (sys.executable, "-m", "megatron_dlm")
 """Starts this command line in a process of its own."""
@@ -79,7 +73,7 @@ def train_arms(crossover: Crossover, say: Callable[[str], None] = print) -> Outc
     Raises:
         ConfigError, DataError: one line, before anything is written or started.
     """
-    with StopHandler() as stop:
+    with StopHandler(second=signal.SIGTERM) as stop:  # each arm's launcher kills its own workers then
         try:
             facts = check_arms(crossover)
             with directory_in_use(crossover.base) as lock:

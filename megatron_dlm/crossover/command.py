@@ -36,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train what is not finished, then report; exit codes as of `train`. Raises ConfigError or DataError, one line."""
-    from megatron_dlm import launch
     from megatron_dlm.crossover.grid import check_recorded, load_crossover
+    from megatron_dlm.launch import place
 
-    if launch.started_by_torchrun():
+    if place.adopt():
         raise ConfigError(
             "crossover starts the processes of its arms itself; without torchrun, use --plan, and give torchrun the "
             "commands that it prints"

@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from megatron_dlm.launch import is_first_rank
+from megatron_dlm.launch.place import is_first_rank
 
 T = TypeVar("T")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_dlm.diffusion.objective import Batch
 from megatron_dlm.model.transformer import DiffusionTransformer, TokenLosses
+from megatron_dlm.parallel.pulse import PULSE
 
 Chunk: TypeAlias = "DistributedDataParallel | DiffusionTransformer"
 
@@ -56,6 +57,7 @@ def run_pipeline(
     iterators = [batches(_reads_tokens(chunk)) for chunk in chunks]
 
     def forward_step(iterator: Iterator[MicroBatch], model: Chunk) -> tuple[Any, Callable[..., Any]]:
+        PULSE.beat()
         micro_batch = next(iterator)
         model_output = model(micro_batch.inputs, micro_batch.lengths, micro_batch.batch, micro_batch.rows)
         if isinstance(model_output, TokenLosses):  # the schedule wants a tensor; the rest goes to our function

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,7 +15,11 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dlm_kernels.philox import Stream, random_bits
 from megatron_dlm.config.tree import ParallelConfig
-from megatron_dlm.errors import ConfigError
+from megatron_dlm.errors import ConfigError, TrainingError
+
+_LOOPBACK_ADDRESS, _LOOPBACK = "127.0.0.1", "lo0" if sys.platform == "darwin" else "lo"
+# torch's flight recorder: the last collectives of every rank, which the watchdog writes down when they do not end.
+_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 
 @dataclass(frozen=True)
@@ -83,19 +89,20 @@ def initialize(config: ParallelConfig, *, timeout_minutes: float = 30.0) -> Topo
 
     Reads torchrun's environment (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``);
     without it, one process alone. A default process group that already exists is used as it is, and
-    megatron's groups of an earlier call are replaced. Raises ``ConfigError`` where the world size does not
-    fit the layout.
+    megatron's groups of an earlier call are replaced.
+
+    Args:
+        timeout_minutes: longest that a rank waits for the others, here and in every collective.
+
+    Raises:
+        ConfigError: the world size does not fit the layout, or this machine has too few GPUs.
+        TrainingError: the other ranks do not come.
     """
     gpu = torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_device())
     if not dist.is_initialized():
-        timeout = timedelta(minutes=timeout_minutes)
-        if "WORLD_SIZE" in os.environ:
-            dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
-        else:
-            store = dist.HashStore()
-            dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=0, world_size=1, timeout=timeout)
+        _meet("nccl" if gpu else "gloo", timedelta(minutes=timeout_minutes))
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     world, virtual = dist.get_world_size(), config.virtual_pipeline_model_parallel_size
     if world % (tensor * pipeline):
@@ -108,7 +115,7 @@ def initialize(config: ParallelConfig, *, timeout_minutes: float = 30.0) -> Topo
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual,
-        distributed_timeout_minutes=int(timeout_minutes),
+        distributed_timeout_minutes=math.ceil(timeout_minutes),
     )
     return Topology(
         tensor_size=tensor,
@@ -126,6 +133,37 @@ def initialize(config: ParallelConfig, *, timeout_minutes: float = 30.0) -> Topo
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
     )
+
+
+def _device() -> int:
+    """The GPU of this rank. Raises ``ConfigError`` where this machine has too few."""
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if count == 1:  # as Slurm shows it with --gpus-per-task=1
+        return 0
+    if local >= count:
+        raise ConfigError(f"process {local} of this machine has no GPU: it has {count}; start as many, one for each")
+    return local
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    """Make the default process group. Raises ``TrainingError`` where not all ranks come."""
+    world_size, address = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("MASTER_ADDR", _LOOPBACK_ADDRESS)
+    for name, value in _RECORDER.items():
+        os.environ.setdefault(name, value)
+    if address == _LOOPBACK_ADDRESS:  # all on this machine: nobody else is to reach them
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, _LOOPBACK)
+    if world_size == 1:  # without a port
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"not all of the {world_size} ranks met at {address}:{os.environ.get('MASTER_PORT')} within "
+            f"{timeout.total_seconds() / 60:g} minutes ({str(error).strip().partition(chr(10))[0][:200]}); start all "
+            "of them, with the same address, which every node can reach"
+        ) from None
 
 
 def shutdown() -> None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def save(training: Training, progress: Progress) -> Path:
             older checkpoints are untouched.
     """
     root = checkpoint_root(training.config)
+    began = time.perf_counter()
     final, partial = root / f"step-{progress.step:08d}", root / f".step-{progress.step:08d}.partial"
     try:
         on_rank_zero(lambda: _begin(root, partial))
@@ -79,7 +81,7 @@ def save(training: Training, progress: Progress) -> Path:
         records: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(records, own)
         known = {name: record for part in records for name, record in part.items()}
-        on_rank_zero(lambda: _describe(training, progress, partial, known))
+        on_rank_zero(lambda: _describe(training, progress, partial, known, time.perf_counter() - began))
         on_rank_zero(lambda: _commit(root, partial, final))
     except (OSError, CheckpointException) as error:
         if dist.get_rank() == 0:
@@ -142,6 +144,11 @@ def load(training: Training, directory: Path) -> Progress:
     for chunk in training.chunks:
         chunk.start_param_sync(force_sync=True)  # every rank has its own share of the weights, and gets the others
     return Progress(*(int(common.get(name, 0)) for name in Progress._fields))
+
+
+def seconds_taken(directory: Path) -> float:
+    """How long a checkpoint's tensors took to be written; 0 where it does not say."""
+    return float(json.loads((directory / INFO).read_text()).get("save_seconds", 0.0))
 
 
 def resumable(
@@ -232,8 +239,14 @@ def _begin(root: Path, partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _describe(training: Training, progress: Progress, directory: Path, known: dict[str, manifest.FileRecord]) -> None:
-    """The resolved configuration, the tokenizer and the versions; the manifest makes it complete."""
+def _describe(
+    training: Training, progress: Progress, directory: Path, known: dict[str, manifest.FileRecord], seconds: float
+) -> None:
+    """The resolved configuration, the tokenizer and the versions; the manifest makes it complete.
+
+    Args:
+        seconds: that writing the tensors has taken.
+    """
     (directory / CONFIG).write_text(dump_yaml(training.config))
     training.tokenizer.save(directory / TOKENIZER)
     info = {
@@ -242,6 +255,7 @@ def _describe(training: Training, progress: Progress, directory: Path, known: di
         "tokenizer_fingerprint": training.tokenizer.fingerprint,
         "vocab_size": training.tokenizer.vocab_size,
         "train_sources": _describe_sources(training.config, training.train_stream.dataset),
+        "save_seconds": round(seconds, 3),
         "versions": versions(("megatron_dlm", "megatron-core", "torch")),
     }
     (directory / INFO).write_text(json.dumps(info, indent=2) + "\n")

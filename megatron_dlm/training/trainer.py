@@ -11,11 +11,14 @@ from dlm_kernels.implementation import resolve
 from megatron_dlm.checkpoint.collective import require_shared
 from megatron_dlm.config.check import check_schedule, validate
 from megatron_dlm.config.load import from_dict
-from megatron_dlm.config.tree import Config
+from megatron_dlm.config.tree import Config, RunConfig
 from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dlm.errors import ConfigError
+from megatron_dlm.launch import restart
+from megatron_dlm.launch.stop_signal import StopSignal
 from megatron_dlm.parallel import topology as parallel
 from megatron_dlm.parallel.megatron_config import check_pass_through
+from megatron_dlm.parallel.pulse import PULSE
 from megatron_dlm.run_folder import STOPPED
 from megatron_dlm.training import saving
 from megatron_dlm.training.dry_batch import dry_batch
@@ -25,7 +28,9 @@ from megatron_dlm.training.run_log import RunLog
 from megatron_dlm.training.setup import build, open_data, total_steps
 from megatron_dlm.training.state import Training
 from megatron_dlm.training.step import train_step
-from megatron_dlm.training.stop_signal import StopSignal
+from megatron_dlm.training.watchdog import Watchdog
+
+_FOR_EVER = 60.0 * 24 * 365
 
 
 def preflight(config: Config, *, world_size: int | None = None) -> Tokenizer:
@@ -58,11 +63,18 @@ def run_worker(config_dict: dict[str, Any], ask: Ask | None = None) -> None:
     Raises ``SystemExit(75)`` when a signal stopped the run after it was saved.
     """
     config = from_dict(config_dict)
-    topology = parallel.initialize(config.parallel)
-    finished = train(build(config, topology), ask)
-    parallel.shutdown()
+    topology = parallel.initialize(config.parallel, timeout_minutes=_collective_minutes(config.run))
+    with Watchdog(config.run, topology.rank, topology.world_size):
+        finished = train(build(config, topology), ask)
+        parallel.shutdown()
     if not finished:
         raise SystemExit(STOPPED)
+
+
+def _collective_minutes(run: RunConfig) -> float:
+    """How long a collective may wait: so long that the watchdog, which says more, is first."""
+    limits = (run.timeout_minutes, run.step_timeout_minutes)
+    return 1.1 * max(limits) + 1 if all(limits) else _FOR_EVER
 
 
 def train(training: Training, ask: Ask | None = None) -> bool:
@@ -72,21 +84,29 @@ def train(training: Training, ask: Ask | None = None) -> bool:
     saved, progress = saving.resume(training)
     log = RunLog(training, progress, resumed=saved)
     evaluate = Evaluator(training, ask and ask(training))
+    if saved and (warning := restart.warn_of_slow_save(saving.seconds_taken(saved))):
+        log.note(warning)
     stopped = False
     if progress.step < training.steps:
         log.note(dry_batch(training, progress))
     if saved and evaluate.is_due(progress.step):  # a stop may have come between the save and the evaluation
         log.evaluation(progress.step, *evaluate(progress.step))
+    phase = "the first step"
     with StopSignal(announce=training.topology.rank == 0) as stop:
         while progress.step < training.steps and not stopped:
+            PULSE.begin(phase, progress.step + 1)
+            phase = "training"
             log.restart_clock()
             report = train_step(training, progress, stop_requested=stop.requested)
             progress = progress.after(config.train.global_batch_size, applied=report.applied)
             stopped, step, last = report.stop_requested, progress.step, progress.step == training.steps
             log.step(progress, report)
             if stopped or last or step % config.checkpoint.interval == 0:
+                PULSE.begin("saving", step)
                 saved = saving.save(training, progress)
             if (last or not stopped) and evaluate.is_due(step):
+                PULSE.begin("evaluating", step)
                 log.evaluation(step, *evaluate(step))
+    PULSE.begin("the end", progress.step)
     log.close(progress, saved)
     return progress.step == training.steps

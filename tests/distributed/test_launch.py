@@ -17,9 +17,12 @@ import psutil
 import pytest
 import torch
 
-from megatron_dlm import launch
 from megatron_dlm.config.tree import Config, RunConfig
 from megatron_dlm.errors import ConfigError, DataError, TrainingError
+from megatron_dlm.launch import launcher as launch
+from megatron_dlm.launch import place
+from megatron_dlm.launch.stop_signal import STOP_SIGNALS
+from megatron_dlm.run_folder import STOPPED
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def meet(config: dict) -> list[int]:
 
 
 class Stop:
-    """A trainer's stop signal: noted, and a second one ends the process."""
+    """A trainer's stop signal: noted."""
 
     def __init__(self, config: dict) -> None:
         self.count, self.config = 0, config
@@ -71,9 +74,6 @@ class Stop:
 
     def __call__(self, number, frame) -> None:
         self.count += 1
-        if self.count == 2:
-            note(self.config, "did not wait")
-            os._exit(128 + number)
 
     def wait(self) -> None:
         while not self.count:
@@ -111,7 +111,7 @@ def stopped_while_training(config: dict, number: signal.Signals = signal.SIGTERM
     while os.environ["RANK"] == "1" and not notes(config["run"]["directory"]):  # it saves for longer than rank 0
         time.sleep(0.01)
     note(config, "saved")
-    raise SystemExit(launch.STOPPED)
+    raise SystemExit(STOPPED)
 
 
 def interrupted_while_training(config: dict) -> None:
@@ -119,14 +119,32 @@ def interrupted_while_training(config: dict) -> None:
 
 
 def stopped_twice(config: dict) -> None:
+    """Rank 0 notes signals and does not end; rank 1 is stopped, so that it cannot even note them."""
     stop = Stop(config)
-    meet(config)
-    if os.environ["RANK"] == "0":
-        os.kill(os.getppid(), signal.SIGTERM)
+    processes = meet(config)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while psutil.Process(processes[1]).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
+    os.kill(os.getppid(), signal.SIGTERM)
     stop.wait()
-    if os.environ["RANK"] == "0":
-        os.kill(os.getppid(), signal.SIGTERM)
+    os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(HOUR)
+
+
+def warned_while_training(config: dict) -> None:
+    """A warning and then the first signal: that is no second one."""
+    received = []
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: received.append(number))
+    meet(config)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        if os.environ["RANK"] == "0":
+            os.kill(os.getppid(), signal.SIGUSR2 if number == signal.SIGUSR1 else number)
+        while number not in received:
+            time.sleep(0.01)
+    note(config, "saved")
+    raise SystemExit(STOPPED)
 
 
 def outlives_the_launcher(config: dict) -> None:
@@ -137,7 +155,7 @@ def outlives_the_launcher(config: dict) -> None:
         os.kill(os.getppid(), signal.SIGKILL)
     while os.getppid() == LAUNCHER.value:
         time.sleep(0.01)
-    raise SystemExit(launch.STOPPED)
+    raise SystemExit(STOPPED)
 
 
 def stopped_before_training(config: dict) -> None:
@@ -163,7 +181,7 @@ def test_workers_know_their_place_and_do_not_share_cores(config, monkeypatch, om
 def test_one_process_runs_here_and_leaves_the_environment_alone(config):
     before = dict(os.environ)
     assert launch.launch(describe, config, 1) == 0
-    assert notes(config.run.directory)[0].startswith("0 0 1 ")
+    assert notes(config.run.directory)[0].startswith("0 0 - ")
     assert dict(os.environ) == before
 
 
@@ -213,18 +231,17 @@ def test_a_killed_worker_is_named(config, capfd):
     assert status(config) == {"exit_code": 1, "reason": reason}
 
 
-@pytest.mark.parametrize("fn", [stopped_while_training, interrupted_while_training])
+@pytest.mark.parametrize("fn", [stopped_while_training, interrupted_while_training, warned_while_training])
 def test_a_stop_signal_lets_every_worker_save(config, fn):
-    handlers = [signal.getsignal(number) for number in launch.STOP_SIGNALS]
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     assert launch.launch(fn, config, 2) == 75
     assert notes(config.run.directory) == ["saved", "saved"]
     assert status(config) == {"exit_code": 75, "reason": "stopped by a signal; a checkpoint is saved"}
-    assert [signal.getsignal(number) for number in launch.STOP_SIGNALS] == handlers
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
 
 
 def test_a_second_stop_signal_does_not_wait_for_saving(config):
     assert launch.launch(stopped_twice, config, 2) == 1
-    assert notes(config.run.directory) == ["did not wait"] * 2
     assert "second signal" in status(config)["reason"]
 
 
@@ -233,7 +250,7 @@ def test_a_stop_signal_before_training_has_nothing_to_save(config):
     assert "nothing to save" in status(config)["reason"]
 
 
-@pytest.mark.parametrize("number", launch.STOP_SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_stop_signals_of_a_single_process(config, number):
     def early(config: dict) -> None:
         os.kill(os.getpid(), number)
@@ -245,7 +262,7 @@ def test_stop_signals_of_a_single_process(config, number):
         os.kill(os.getpid(), number)
         stop.wait()
         signal.signal(signal.SIGTERM, previous)
-        raise SystemExit(launch.STOPPED)
+        raise SystemExit(STOPPED)
 
     assert launch.launch(early, config, 1) == 75
     assert "nothing to save" in status(config)["reason"]
@@ -253,7 +270,7 @@ def test_stop_signals_of_a_single_process(config, number):
     assert "saved" in status(config)["reason"]
 
 
-@pytest.mark.parametrize("number", launch.STOP_SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_an_ignored_signal_stays_ignored(config, world_size, number):
     """So that nohup stays in force, and a Ctrl-C is not for what a script has started with ``&``."""
@@ -306,7 +323,7 @@ def test_a_directory_in_use_is_refused_and_left_alone(config, capfd, world_size)
     def outer(mapping: dict) -> None:
         if os.environ["RANK"] == "0":
             code = launch.launch(lambda inner: note(inner, "second"), config, 1)
-            note(mapping, f"{code} {launch.started_by_torchrun()}")
+            note(mapping, f"{code} {place.adopt()}")
 
     assert launch.launch(outer, config, world_size) == 0
     assert notes(config.run.directory)[0].startswith("2 ")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -43,13 +45,13 @@ class Run:
         self.pace.with_suffix(".new").write_text(str(steps))
         self.pace.with_suffix(".new").rename(self.pace)
 
-    def start(self, steps: int) -> subprocess.Popen[str]:
+    def start(self, steps: int, *options: str) -> subprocess.Popen[str]:
         """Start the command on two processes, and return when it waits with ``steps`` steps on record."""
         self.allow(steps)
         command = [sys.executable, "-m", "tests.paced_command", "train", "--config", str(self.config)]
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         process = subprocess.Popen(
-            [*command, "--parallel.data_parallel_size", "2"],
+            [*command, "--parallel.data_parallel_size", "2", *options],
             cwd=ROOT,
             env={**environment, "PACE": str(self.pace)},
             stdout=subprocess.PIPE,
@@ -118,6 +120,29 @@ def test_a_run_stopped_twice_is_the_run_that_was_not(uninterrupted: Run, tiny_da
     assert f"step-{stopped_at:08d}" in output and f"finished   at step {STEPS}/{STEPS}" in output
     assert run.steps() == uninterrupted.steps() and len(run.steps()) == STEPS
     assert run.evaluations() == uninterrupted.evaluations() and len(run.evaluations()) == 2
+
+
+def test_a_rank_that_hangs_is_found_and_named(tiny_data: Path, tmp_path: Path) -> None:
+    """Stopped by SIGSTOP: it does not answer, keeps its connections, and takes no other signal."""
+    run = Run(tmp_path, tiny_data)
+    process = run.start(6, "--run.step_timeout_minutes", str(10 / 60))
+    worker = sorted(psutil.Process(process.pid).children(), key=psutil.Process.create_time)[1]
+    worker.suspend()
+    since = time.monotonic()
+    run.allow(STEPS)
+    _, error = process.communicate()
+    took = time.monotonic() - since
+    print(f"found and ended after {took:.1f} s: {error}")
+    assert process.returncode == 1 and error.count("\n") == 1
+    named = f"rank 1 (process {worker.pid} on {socket.gethostname()}) does not answer, last heard of at training, step "
+    assert f"no progress in 10 seconds of training at step 7: {named}" in error
+    assert run.status() == {"exit_code": 1, "reason": error.strip().removeprefix("megatron-dlm: error: [rank 0] ")}
+    stacks = [(run.directory / "stacks" / f"rank-{rank:05d}.txt").read_text() for rank in (0, 1)]
+    assert "pipeline" in stacks[0] and "step.py" in stacks[0], "it waits for the other in a collective"
+    assert "Fatal Python error: Aborted" in stacks[1] and "paced_command.py" in stacks[1], "where it was stopped"
+    collectives = json.loads((run.directory / "stacks" / "collectives-00000.json").read_text())
+    assert collectives["entries"], "the flight recorder has recorded"
+    assert took < 30 or psutil.getloadavg()[0] > 8
 
 
 def test_a_second_signal_ends_the_run_at_once(tiny_data: Path, tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dlm import launch
 from megatron_dlm.config.tree import Config, ParallelConfig, RunConfig
 from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.launch import launcher as launch
+from megatron_dlm.launch import place
 
 
 @pytest.fixture
@@ -59,13 +60,13 @@ def test_joining_torchrun_passes_on_the_exit_code(config, monkeypatch, capfd):
 def test_torchrun_is_recognised(monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert not launch.started_by_torchrun()
+    assert not place.adopt()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="RANK is not"):
-        launch.started_by_torchrun()
+        place.adopt()
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-    assert launch.started_by_torchrun()
+        monkeypatch.setenv(name, "1")
+    assert place.adopt()
 
 
 @pytest.mark.parametrize(
