@@ -160,7 +160,8 @@ def cross_entropy(
 
     Args:
         logits: [rows, vocab_local]; rank r of `group` holds the columns from r * vocab_local on.
-        targets: [rows] int64, ids in [0, vocab_size).
+        targets: [rows] int64, ids in [0, vocab_size). Any other id, as -100 (torch's `ignore_index`), gives its row the
+            weight 0.
         weights: [rows]; a row of weight 0 contributes exactly nothing, even if its logits are not finite.
         vocab_size: columns of the whole vocabulary from this one on are padding: they are left out of the softmax and
             get a gradient of exactly 0. None = no padding.
@@ -202,7 +203,7 @@ def linear_cross_entropy(
         weight: [vocab_local, hidden_size], of the dtype of `hidden`; rank r holds the columns from r * vocab_local on.
         rows: [n] int, which of all the tokens are scored, without repetition; the value `tokens` marks a padding row
             (of weight 0). The same on all ranks of `group`. None = every token, in order.
-        targets: [n] int64.
+        targets: [n] int64; ids out of range are ignored as in `cross_entropy`.
         weights: [n]; a row of weight 0 contributes exactly nothing, even if it is not finite.
         vocab_size, group: as in `cross_entropy`.
         sequence_parallel: gather `hidden` over `group`, and reduce-scatter its gradient.
@@ -238,7 +239,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, shard: VocabShard
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulator(logits.dtype)
-        factors = weights.to(dtype)
+        factors = shard.factors(weights, targets, dtype)
         scored = factors != 0
         # A copy without the rows of weight 0, because 0 * NaN is NaN.
         values = torch.where(scored[:, None], logits[:, : shard.columns].to(dtype), 0.0)
@@ -281,7 +282,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = accumulator(hidden.dtype)
         real_weight = weight[: shard.columns]
         logit_weight = real_weight.to(dtype) if fp32_logits else real_weight
-        factors = weights.to(dtype)
+        factors = shard.factors(weights, targets, dtype)
         scored = factors != 0
         rows = torch.arange(tokens, device=hidden.device) if rows is None else rows.long()
         # One row more than there are tokens: padding rows point at it.

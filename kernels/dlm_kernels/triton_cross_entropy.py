@@ -65,7 +65,8 @@ def cross_entropy(
     Args:
         logits: [rows, vocab_local] bfloat16, float16, float32 or float64; rank r of `group` holds the columns from
             r * vocab_local on.
-        targets: [rows] int64, ids in [0, vocab_size).
+        targets: [rows] int64, ids in [0, vocab_size). Any other id, as -100 (torch's `ignore_index`), gives its row the
+            weight 0.
         weights: [rows]; a row of weight 0 contributes exactly nothing, even if its logits are not finite.
         vocab_size: columns of the whole vocabulary from this one on are padding: they contribute exactly nothing, even
             if they are not finite, and get a gradient of exactly 0. None = no padding.
@@ -93,7 +94,7 @@ def row_statistics(
         logits: [rows, at least shard.columns], adjacent columns. Loads of 16 bytes need rows that begin at multiples of
             16 bytes and a width that is a multiple of 16 columns; `shard.columns` need not be one.
         targets: [rows] int64, ids of the whole vocabulary.
-        factors: [rows] float32 (float64 for float64 logits), the weights.
+        factors: [rows] float32 (float64 for float64 logits), the weights: result of `VocabShard.factors`.
         shard: this rank's columns.
         out: [3, rows] of the dtype of `factors`, adjacent columns; None = a new tensor.
 
@@ -254,7 +255,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, shard: VocabShard
     ) -> tuple[Tensor, Tensor, Tensor]:
         values = logits if logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1] else logits.contiguous()
-        factors = weights.to(accumulator(logits.dtype))
+        factors = shard.factors(weights, targets, accumulator(logits.dtype))
         statistics = row_statistics(values, targets, factors, shard)
         merged = merge_rows(statistics, factors, shard)
         ctx.save_for_backward(values, targets, statistics[0], *merged)

@@ -75,7 +75,7 @@ def linear_cross_entropy(
         weight: [vocab_local, hidden_size], of the dtype of `hidden`; rank r holds the columns from r * vocab_local on.
         rows: [n] int, which of all the tokens are scored, without repetition; the value `tokens` marks a padding row
             (of weight 0). The same on all ranks of `group`. None = every token, in order.
-        targets: [n] int64.
+        targets: [n] int64; ids out of range are ignored as in `cross_entropy`.
         weights: [n]; a row of weight 0 contributes exactly nothing, even if it is not finite.
         vocab_size: columns of the whole vocabulary from this one on are padding: their rows of the head are never
             read, and get a gradient of exactly 0. None = no padding.
@@ -152,7 +152,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tokens, hidden_size = full.shape
         count = require_equal_lengths(tokens, rows, targets, weights)
         dtype = accumulator(hidden.dtype)
-        factors = weights.to(dtype)
+        factors = shard.factors(weights, targets, dtype)
         unscored = (factors == 0)[:, None]
         sources = None if rows is None else rows.long()
         head = weight[: shard.columns]

@@ -21,6 +21,8 @@ class VocabShard:
 
     first: int
     columns: int
+    vocabulary: int
+    """Real columns of all shards."""
     group: ProcessGroup | None
     world: int
 
@@ -29,7 +31,16 @@ class VocabShard:
         world = 1 if group is None else dist.get_world_size(group)
         first = 0 if group is None else dist.get_rank(group) * vocab_local
         end = vocab_local * world if vocab_size is None else vocab_size
-        return VocabShard(first, min(max(end - first, 0), vocab_local), group, world)
+        return VocabShard(first, min(max(end - first, 0), vocab_local), end, group, world)
+
+    def factors(self, weights: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weights [rows] in `dtype`, and 0 where the target is `ignore_index` or any other id out of range.
+
+        Without this such a target would be on no rank, and its row would count as if its logit were 0. One comparison
+        serves both ends of the range: it is a launch less on a GPU.
+        """
+        known = targets == targets.clamp(0, self.vocabulary - 1)
+        return torch.where(known, weights.to(dtype), 0.0)
 
     def locate(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Columns of the targets in this shard (clamped), and which targets are in it; both [rows, 1]."""
