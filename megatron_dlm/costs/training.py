@@ -71,7 +71,8 @@ def read_points(path: str | Path) -> list[Point]:
             one line.
     """
     folder = RunFolder.at(path)
-    steps, evaluations = folder.records()
+    records = folder.records()
+    steps, evaluations = records.steps, records.curve
     if not evaluations:
         raise DataError(f"{folder.metrics} has no held-out evaluation: train with data.valid")
     flops = {r["step"]: r["training_flops"] for r in steps if _is_finite(r.get("training_flops"))}

@@ -243,8 +243,7 @@ def _reason(folder: RunFolder, code: int) -> str:
 
 def _last_figures(folder: RunFolder) -> str:
     """Epoch, held-out loss and remaining time of the last records of a run; empty where there are none."""
-    steps, evaluations = folder.last_records()
-    step, evaluation = (records[-1] if records else {} for records in (steps, evaluations))
+    step, evaluation = (records[-1] if records else {} for records in folder.last_records())
     epoch, eta, loss = step.get("epoch"), step.get("eta_seconds"), evaluation.get("valid_nelbo")
     figures = [
         "" if epoch is None else f" | epoch {epoch:.1f}",

@@ -134,7 +134,7 @@ def read_run(arm: Arm, folder: RunFolder) -> Run:
     records = folder.records()
     # Evaluations know their step only; its record has the epoch and the FLOPs.
     steps = {r["step"]: (_number(r.get("epoch")), _number(r.get("training_flops"))) for r in records.steps}
-    evaluations = [r for r in records.evaluations if r["step"] in steps and math.isfinite(steps[r["step"]][0])]
+    evaluations = [r for r in records.curve if r["step"] in steps and math.isfinite(steps[r["step"]][0])]
     loss = _curve(evaluations, steps, "valid_nelbo", "valid_nelbo_ci95", 1.0)
     if not len(loss.epochs):
         raise DataError(f"{folder.metrics} has no evaluation; remove {folder.path} to train this arm again")
