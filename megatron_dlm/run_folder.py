@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_dlm.errors import DataError
-from megatron_dlm.files import write_text
+from megatron_dlm.files import json_text, write_text
 
 DONE, FAILED, INVALID, STOPPED = 0, 1, 2, 75
 """Exit codes of a run: done, failed, refused before it began, and stopped with everything saved: start it again."""
@@ -116,7 +116,7 @@ class RunFolder:
 
     def write_status(self, status: Status) -> None:
         """Record how the run ended. Raises ``OSError``."""
-        write_text(self.status_file, json.dumps(status._asdict()) + "\n")
+        write_text(self.status_file, json_text(status._asdict()))
 
     @property
     def is_finished(self) -> bool:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_dlm.errors import DataError
+from megatron_dlm.config.kinds import KINDS
+from megatron_dlm.config.load import read_yaml
+from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.run_folder import RunFolder
 
 
@@ -58,6 +60,21 @@ def compare_training(autoregressive: Sequence[Point], diffusion: Sequence[Point]
         diffusion=min(diffusion, key=lambda point: point.loss),
         reached=next((point for point in diffusion if point.loss <= best.loss), None),
     )
+
+
+def check_objective(path: str | Path, objective: str) -> None:
+    """Refuse a run of another objective, where its configuration is still beside the metrics.
+
+    Raises ``ConfigError``, and ``DataError`` as ``read_points``.
+    """
+    file = RunFolder.at(path).config
+    if not file.is_file():
+        return
+    content = read_yaml(str(file))
+    model = content.get("model") if isinstance(content, dict) else None
+    found = model.get("objective") if isinstance(model, dict) else None
+    if found in list(KINDS) and found != objective:
+        raise ConfigError(f"{path} is a {found} run, as {file} says; give a run of {objective}")
 
 
 def read_points(path: str | Path) -> list[Point]:

@@ -5,7 +5,6 @@ Neither transformers nor megatron is imported: both need more memory than the wo
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from megatron_dlm.checkpoint.whole_tensors import WeightsReader
 from megatron_dlm.config.tree import Config, ModelConfig
 from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dlm.errors import ConfigError
+from megatron_dlm.files import json_text
 from megatron_dlm.hf.model_card import model_card
 from megatron_dlm.hf.tensor_map import Whole, weight_map
 from megatron_dlm.output_folder import check_output, complete_folder
@@ -227,7 +227,7 @@ def _write_weights(plan: _Plan, folder: Path, progress: bool) -> None:
             "metadata": {"total_parameters": plan.parameters, "total_size": plan.weight_bytes},
             "weight_map": dict(sorted(plan.shards.items())),
         }
-        _write_json(folder / "model.safetensors.index.json", index)
+        (folder / "model.safetensors.index.json").write_text(json_text(index), encoding="utf-8")
 
 
 def _write_small_files(plan: _Plan, folder: Path) -> None:
@@ -241,10 +241,15 @@ def _write_small_files(plan: _Plan, folder: Path) -> None:
     if diffusion:
         for name in _SHIPPED:
             (folder / name).write_bytes(resources.files("megatron_dlm.shipped").joinpath(name).read_bytes())
-    _write_json(folder / "config.json", model_config(config, plan.tokenizer, plan.dtype))
-    _write_json(folder / "generation_config.json", generation_config(config.model, plan.tokenizer))
-    card = model_card(plan.stored, architecture=plan.architecture, parameters=plan.parameters, dtype=plan.dtype)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    texts = {
+        "config.json": json_text(model_config(config, plan.tokenizer, plan.dtype)),
+        "generation_config.json": json_text(generation_config(config.model, plan.tokenizer)),
+        "README.md": model_card(
+            plan.stored, architecture=plan.architecture, parameters=plan.parameters, dtype=plan.dtype
+        ),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def model_config(config: Config, tokenizer: Tokenizer, dtype: DTypeName) -> dict[str, Any]:
@@ -306,7 +311,3 @@ def generation_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
         mask = {"mask_token_id": tokenizer.mask_token_id}
         return {**ends, **mask, "max_new_tokens": 128, "remasking": "low_confidence"}
     return {"bos_token_id": end, **ends, "do_sample": False, "suppress_tokens": [tokenizer.mask_token_id]}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from megatron_dlm.files import write_text
 from megatron_dlm.flops import parameter_count, training_flops
 from megatron_dlm.formatting import format_count, format_duration
 from megatron_dlm.model.layer_spec import uses_transformer_engine
+from megatron_dlm.packages import versions
 from megatron_dlm.run_folder import RunFolder
 from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.reporter import Reporter
@@ -146,8 +146,8 @@ def banner(training: Training, resumed: Path | None) -> list[str]:
     backend = "NCCL" if gpu else "gloo, megatron-core on the CPU backend"
     layers = "Transformer Engine" if uses_transformer_engine() else "megatron_dlm's own"
     lines = [
-        f"versions   megatron_dlm {version('megatron-dlm')} | megatron-core {version('megatron-core')} | "
-        f"torch {torch.__version__}",
+        "versions   "
+        + " | ".join(" ".join(item) for item in versions(("megatron_dlm", "megatron-core", "torch")).items()),
         f"objective  {config.model.objective} | seed {config.run.seed} | {config.train.precision}",
         f"layout     {topology} on {topology.world_size} x {device} | {backend} | layers: {layers} | "
         f"kernels: {resolve(config.kernels.implementation, topology.device)}",

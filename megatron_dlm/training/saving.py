@@ -36,7 +36,7 @@ from megatron_dlm.config.tree import Config, SourceConfig
 from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.errors import ConfigError, TrainingError
-from megatron_dlm.files import flush
+from megatron_dlm.files import flush, json_text
 from megatron_dlm.model.initialization import CHECKPOINT_METADATA
 from megatron_dlm.model.placement import place
 from megatron_dlm.packages import versions
@@ -243,7 +243,7 @@ def _begin(root: Path, partial: Path) -> None:
 
 def _describe(training: Training, progress: Progress, directory: Path, known: dict[str, manifest.FileRecord]) -> None:
     """The resolved configuration, the tokenizer and the versions; the manifest makes it complete."""
-    (directory / CONFIG).write_text(dump_yaml(training.config))
+    (directory / CONFIG).write_text(dump_yaml(training.config), encoding="utf-8")
     training.tokenizer.save(directory / TOKENIZER)
     info = {
         **progress._asdict(),
@@ -253,7 +253,7 @@ def _describe(training: Training, progress: Progress, directory: Path, known: di
         "train_sources": describe_sources(training.config.data.train, training.train_stream.dataset),
         "versions": versions(("megatron_dlm", "megatron-core", "torch")),
     }
-    (directory / INFO).write_text(json.dumps(info, indent=2) + "\n")
+    (directory / INFO).write_text(json_text(info), encoding="utf-8")
     manifest.write(directory, known)
 
 
