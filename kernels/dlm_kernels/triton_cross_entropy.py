@@ -105,6 +105,7 @@ def row_statistics(
     rows = logits.shape[0]
     statistics = factors.new_empty(3, rows) if out is None else out
     if rows:
+        # One program a row: rows are many, and no sum goes across programs.
         statistics_kernel[(rows,)](
             logits,
             targets,
@@ -133,6 +134,7 @@ def merge_rows(statistics: Tensor, factors: Tensor, shard: VocabShard) -> Merged
             dist.all_gather_into_tensor(gathered, statistics, group=shard.group)
             rank = dist.get_rank(shard.group)
         grid = (triton.cdiv(rows, _MERGE_ROWS),)
+        # 256 rows a program, for there are only a few numbers of each.
         outputs = (entropy, correct, scale, missing)
         merge_kernel[grid](gathered, factors, *outputs, rows, rank, WORLD=shard.world, BLOCK=_MERGE_ROWS, num_warps=4)
     return MergedRows(entropy, correct, scale, missing)
@@ -164,6 +166,7 @@ def write_gradient(
     rows, width = logits.shape
     out = logits if out is None else out
     if rows and width:
+        # The logits are read a second time: keeping exponentials would cost as much memory again.
         gradient_kernel[(rows,)](
             logits,
             out,
@@ -205,6 +208,7 @@ def loss_and_gradient(
     entropy = torch.empty_like(factors)
     correct = torch.empty(rows, dtype=torch.bool, device=factors.device)
     if rows:
+        # Short rows stay in registers between the two uses; long ones are read again, if possible from the cache.
         row_bytes = width * logits.element_size()
         # The one tile has a mask, which would split the loads of a row of odd width.
         resident = row_bytes <= RESIDENT_BYTES and width % 16 == 0
@@ -238,6 +242,7 @@ def _tile(width: int, element_size: int, warps: int, whole: bool = False) -> dic
         whole: whether the tile holds the whole row, with more elements per thread if need be.
     """
     columns = _LOAD_BYTES // element_size
+    # A warp at least; as many lanes as the row has loads of 16 bytes.
     lanes = max(triton.next_power_of_2(triton.cdiv(width, columns)), 32)
     per_warp = 32 * _THREAD_ELEMENTS // columns
     if not whole:
@@ -254,6 +259,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, shard: VocabShard
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # The kernels step along adjacent columns; overlapping rows would overwrite each other's gradients.
         values = logits if logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1] else logits.contiguous()
         factors = shard.factors(weights, targets, accumulator(logits.dtype))
         statistics = row_statistics(values, targets, factors, shard)

@@ -111,6 +111,7 @@ def export(
     check_output(output, overwrite=overwrite, replaceable=_replaceable(output), size=size)
     try:
         with complete_folder(output, overwrite=overwrite) as folder:
+            # First, so that the files of weights can take the permissions of config.json.
             _write_small_files(plan, folder)
             _write_weights(plan, folder, progress)
             found = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -127,6 +128,7 @@ def _plan(checkpoint: Path, dtype: DTypeName | None, max_shard_size: int) -> _Pl
     stored = open_checkpoint(checkpoint)
     _require_representable(stored)
     tokenizer = load_tokenizer(stored.tokenizer)
+    # The ids must mean what they did in training.
     if (tokenizer.fingerprint, tokenizer.vocab_size) != (
         stored.info.get("tokenizer_fingerprint"),
         stored.info.get("vocab_size"),
@@ -181,6 +183,7 @@ def _assign_shards(wholes: Sequence[Whole], itemsize: int, limit: int) -> dict[s
     number = filled = 0
     for part in (part for whole in wholes for part in whole.parts):
         size = part.numel * itemsize
+        # A file is never empty: a tensor larger than the limit has one to itself.
         if filled and filled + size > limit:
             number, filled = number + 1, 0
         numbers[part.name] = number
@@ -193,6 +196,7 @@ def _assign_shards(wholes: Sequence[Whole], itemsize: int, limit: int) -> dict[s
 def _write_weights(plan: _Plan, folder: Path, progress: bool) -> None:
     """The safetensors files, and their index where there are several."""
     save_file = optional_module("safetensors.torch", "export").save_file
+    # The tensors of one file are held until it is full; what they were cut from is given up before the next is read.
     pending: dict[str, Tensor] = {}
     current = next(iter(plan.shards.values()))
     with tqdm(
@@ -219,6 +223,7 @@ def _write_weights(plan: _Plan, folder: Path, progress: bool) -> None:
                     if pending:
                         flush()
                     current = plan.shards[part.name]
+                # One tensor of ours may end in two files: queries, keys and values are one here and three there.
                 pending[part.name] = part.take(tensor)
             del tensor
         flush()
@@ -270,6 +275,7 @@ def model_config(config: Config, tokenizer: Tokenizer, dtype: DTypeName) -> dict
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
+        # New readers take this, old ones the line above.
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "tie_word_embeddings": model.tie_embeddings,
         "max_position_embeddings": config.data.sequence_length,
