@@ -124,9 +124,9 @@ class RunFolder:
         status = self.status()
         return status is not None and status.exit_code == DONE
 
-    def records(self) -> Records:
-        """All records. Raises ``DataError`` as ``read_lines``."""
-        return _sorted(read_lines(self.metrics))
+    def records(self, *, skip_damaged: bool = False) -> Records:
+        """All records; ``skip_damaged`` and ``DataError`` as for ``read_lines``."""
+        return _sorted(read_lines(self.metrics, skip_damaged=skip_damaged))
 
     def last_records(self) -> Records:
         """The last ones (of a run that may be writing), as far as they can be read; empty where there are none."""
