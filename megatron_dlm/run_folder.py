@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -138,6 +139,11 @@ class RunFolder:
             lines = []
         # The first is cut by the seek, the last may be half written.
         return _sorted(record for line in lines if (record := _record(line)) is not None)
+
+
+def number(value: Any) -> float:
+    """A value of a record; NaN where it is no number, as null is, which stands for one that was not finite."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def is_evaluation(record: dict[str, Any]) -> bool:

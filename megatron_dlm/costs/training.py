@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from megatron_dlm.config.kinds import KINDS
 from megatron_dlm.config.load import read_yaml
 from megatron_dlm.errors import ConfigError, DataError
-from megatron_dlm.run_folder import RunFolder
+from megatron_dlm.run_folder import RunFolder, number
 
 
 class Point(NamedTuple):
@@ -92,14 +92,10 @@ def read_points(path: str | Path) -> list[Point]:
     steps, evaluations = records.steps, records.curve
     if not evaluations:
         raise DataError(f"{folder.metrics} has no held-out evaluation: train with data.valid")
-    flops = {r["step"]: r["training_flops"] for r in steps if _is_finite(r.get("training_flops"))}
-    losses = {r["step"]: r["valid_nelbo"] for r in evaluations if _is_finite(r["valid_nelbo"])}
+    flops = {r["step"]: r["training_flops"] for r in steps if math.isfinite(number(r.get("training_flops")))}
+    losses = {r["step"]: r["valid_nelbo"] for r in evaluations if math.isfinite(number(r["valid_nelbo"]))}
     points = [Point(step, losses[step], flops[step]) for step in sorted(losses) if flops.get(step, 0) > 0]
     if not points:
         missing = "training_flops of the step of any evaluation" if losses else "finite valid_nelbo"
         raise DataError(f"{folder.metrics} has no {missing}: train again with this version")
     return points
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

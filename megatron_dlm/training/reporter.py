@@ -100,9 +100,10 @@ class Reporter:
         if not self.active:
             return
         values = {key: {"before": before, "after": after} for key, before, after in changes}
+        values = json.loads(json.dumps(values, default=str))  # YAML knows more kinds of values, binary ones and sets
         self._write({"step": step, "kind": "configuration", "changes": values})
-        for key, before, after in changes:
-            self.say(f"changed    {key}: {json.dumps(before)} -> {json.dumps(after)}")
+        for key, change in values.items():
+            self.say(f"changed    {key}: {json.dumps(change['before'])} -> {json.dumps(change['after'])}")
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Record one evaluation and print it."""
