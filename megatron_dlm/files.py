@@ -45,16 +45,21 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
+def json_text(content: object) -> str:
+    """A JSON file's content. Raises ``ValueError`` for a number that is not finite, which JSON has not."""
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file, flushed to the disk: whole or not at all.
 
     Raises:
         DataError: it cannot be written; one line.
-        ValueError: there is a number in it that is not finite, which JSON has not.
+        ValueError: as ``json_text``.
     """
     try:
         with written_beside(path) as partial:
-            partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            partial.write_text(json_text(content), encoding="utf-8")
             flush(partial)
         flush(path.parent)
     except OSError as error:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_dlm.errors import DataError
-from megatron_dlm.files import write_text
+from megatron_dlm.files import json_text, write_text
 
 DONE, FAILED, INVALID, STOPPED = 0, 1, 2, 75
 """Exit codes of a run: done, failed, refused before it began, and stopped with everything saved: start it again."""
@@ -34,6 +35,22 @@ class Records(NamedTuple):
     evaluations: list[dict[str, Any]]
     """One for each held-out evaluation."""
 
+    def curves(self) -> list[list[dict[str, Any]]]:
+        """The evaluations, apart for each held-out data that the run had, the present one last."""
+        # Records without a name are older than names are.
+        unnamed = next((record["valid_data"] for record in self.evaluations if "valid_data" in record), None)
+        found: dict[Any, list[dict[str, Any]]] = {}
+        for record in self.evaluations:
+            name = record.get("valid_data", unnamed)
+            # What a run returns to is the present one again.
+            found[name] = [*found.pop(name, []), record]
+        return list(found.values())
+
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """The evaluations with the held-out data of the last one; empty where there is none."""
+        return next(reversed(self.curves()), [])
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -56,9 +73,13 @@ class RunFolder:
         """The resolved configuration."""
         return self.path / "config.yaml"
 
+    def earlier_config(self, step: int) -> Path:
+        """The configuration of the steps up to ``step``, from which the run went on with another one."""
+        return self.path / f"config.step-{step:08d}.yaml"
+
     @property
     def metrics(self) -> Path:
-        """Records of steps and evaluations, a line each."""
+        """Records of steps, evaluations and changes of the configuration, a line each."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -111,7 +132,7 @@ class RunFolder:
 
     def write_status(self, status: Status) -> None:
         """Record how the run ended. Raises ``OSError``."""
-        write_text(self.status_file, json.dumps(status._asdict()) + "\n")
+        write_text(self.status_file, json_text(status._asdict()))
 
     @property
     def is_finished(self) -> bool:
@@ -119,31 +140,44 @@ class RunFolder:
         status = self.status()
         return status is not None and status.exit_code == DONE
 
-    def records(self) -> Records:
-        """All records. Raises ``DataError`` as ``read_lines``."""
-        found = Records([], [])
-        for record in read_lines(self.metrics):
-            (found.evaluations if is_evaluation(record) else found.steps).append(record)
-        return found
+    def records(self, *, skip_damaged: bool = False) -> Records:
+        """All records; ``skip_damaged`` and ``DataError`` as for ``read_lines``."""
+        return _sorted(read_lines(self.metrics, skip_damaged=skip_damaged))
 
     def last_records(self) -> Records:
         """The last ones (of a run that may be writing), as far as they can be read; empty where there are none."""
-        found = Records([], [])
         try:
             with self.metrics.open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
                 lines = file.read().splitlines()
         except OSError:
-            return found
-        for line in lines:  # the first is cut by the seek, the last may be half written
-            if (record := _record(line)) is not None:
-                (found.evaluations if is_evaluation(record) else found.steps).append(record)
-        return found
+            lines = []
+        # The first is cut by the seek, the last may be half written.
+        return _sorted(record for line in lines if (record := _record(line)) is not None)
+
+
+def number(value: Any) -> float:
+    """A value of a record; NaN where it is no number, as null is, which stands for one that was not finite."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def is_evaluation(record: dict[str, Any]) -> bool:
     """Whether a record is of a held-out evaluation, not of a training step."""
     return "valid_nelbo" in record
+
+
+def is_configuration(record: dict[str, Any]) -> bool:
+    """Whether a record is of keys that the configuration changed at its step, where the run went on."""
+    return record.get("kind") == "configuration"
+
+
+def _sorted(records: Iterable[dict[str, Any]]) -> Records:
+    """What is of a step or an evaluation; records of other kinds have a ``kind``."""
+    found = Records([], [])
+    for record in records:
+        if "kind" not in record:
+            (found.evaluations if is_evaluation(record) else found.steps).append(record)
+    return found
 
 
 def read_lines(path: Path, *, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:

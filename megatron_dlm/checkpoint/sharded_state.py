@@ -54,6 +54,7 @@ def write_pieces(pieces: Iterable[Piece], common: dict[str, Any], directory: Pat
         CheckpointException: a rank could not write; on all ranks.
     """
     writer = TensorWriter(directory, common)
+    # Nothing in the state that torch knows of: the planner has all the pieces.
     dcp.save({}, storage_writer=writer, planner=_PieceWriter(pieces))
     return writer.records
 
@@ -76,6 +77,7 @@ def read_common(directory: Path) -> dict[str, Any]:
 
 
 def _by_place(pieces: Iterable[Piece]) -> dict[MetadataIndex, Piece]:
+    # Key and offset name a piece; no two of one rank begin at the same place.
     return {MetadataIndex(piece.key, torch.Size(piece.offset)): piece for piece in pieces}
 
 
@@ -87,6 +89,7 @@ class _PieceWriter(dcp.DefaultSavePlanner):
     """torch's own planner checks that the pieces of all ranks fill whole tensors and do not overlap."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
+        # There is no dictionary to be flattened: the plan is made from the pieces alone.
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._pieces = _by_place(pieces)
 
@@ -95,6 +98,7 @@ class _PieceWriter(dcp.DefaultSavePlanner):
             [
                 WriteItem(
                     index=index,
+                    # A rectangle of a larger tensor, even where it is the whole.
                     type=WriteItemType.SHARD,
                     tensor_data=TensorWriteData(
                         chunk=_chunk(piece),
@@ -119,6 +123,7 @@ class _PieceReader(dcp.DefaultLoadPlanner):
     def create_local_plan(self) -> LoadPlan:
         by_key: dict[str, list[Piece]] = {}
         for piece in self._pieces.values():
+            # A tensor's pieces together: what overlaps them is looked up once.
             by_key.setdefault(piece.key, []).append(piece)
         return LoadPlan([item for key, pieces in by_key.items() for item in self._items(key, pieces)])
 
@@ -130,6 +135,7 @@ class _PieceReader(dcp.DefaultLoadPlanner):
         if tuple(stored.size) != pieces[0].shape:
             raise ValueError(f"{key} is {list(stored.size)} instead of {list(pieces[0].shape)}")
         items = create_read_items_for_chunk_list(key, stored, [_chunk(piece) for piece in pieces])
+        # Overlaps that add up to less leave a hole, which would keep what was in memory before.
         if sum(math.prod(item.lengths) for item in items) != sum(piece.data.numel() for piece in pieces):
             raise ValueError(f"the parts of {key} are not the whole of it")
         return items

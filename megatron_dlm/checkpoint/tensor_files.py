@@ -48,6 +48,7 @@ class TensorWriter(dcp.FileSystemWriter):
 
     def __init__(self, directory: Path, common: dict[str, Any]) -> None:
         super().__init__(directory, single_file_per_rank=True, sync_files=True)
+        # torch writes through this attribute: the one place where all bytes come by.
         self.fs = self._hashing = _HashingFileSystem()
         self._common = common
 
@@ -70,6 +71,7 @@ class TensorWriter(dcp.FileSystemWriter):
 
     def finish(self, metadata: index.Metadata, results: Any) -> None:
         """Write the index and the plain values; on rank 0, while the others wait for its result."""
+        # The index is small and hashed with the other small files, when the manifest is written.
         super().finish(metadata, results)
         buffer = io.BytesIO()
         torch.save(self._common, buffer)
@@ -85,6 +87,7 @@ class _HashingFileSystem(FileSystem):
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        # What is read, or written as text, is none of the large files.
         if mode != "wb":
             with super().create_stream(path, mode) as stream:
                 yield stream
@@ -104,19 +107,23 @@ class _HashingWriter(io.BufferedWriter):
         self._blocks: list[str] = []
 
     def write(self, data: Any) -> int:
+        # As bytes, whatever it was: lengths below are counted in them.
         view = memoryview(data).cast("B")
         self._whole.update(view)
         for start in range(0, len(view), BLOCK_BYTES):
             self._hash_blocks(view[start : start + BLOCK_BYTES])
+        # Hashed on the way to the disk: no second pass over what was written.
         return super().write(view)
 
     def record(self) -> FileRecord:
         """What has been written."""
+        # The last block is shorter, unless the file ends with a whole one.
         unfinished = [self._block.hexdigest()] if self._size % BLOCK_BYTES else []
         return FileRecord(self._size, self._whole.hexdigest(), (*self._blocks, *unfinished))
 
     def _hash_blocks(self, view: memoryview) -> None:
         """Add at most one block's length of bytes, which may end one block and begin the next."""
+        # What is left of the block that was begun; the rest of the view begins the next.
         room = BLOCK_BYTES - self._size % BLOCK_BYTES
         self._block.update(view[:room])
         self._size += len(view)
@@ -197,11 +204,13 @@ class TensorReader(dcp.FileSystemReader):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
+        # As in the writer: torch opens every file through this.
         self.fs = _VerifyingFileSystem(read_blocks(directory))
         with open(directory / INDEX, "rb") as file:
             self._index = _IndexUnpickler(file).load()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> index.Metadata:
+        # Left out at saving, because it would have the folder's path of then; the planners ask for it.
         self._index.storage_meta = index.StorageMeta(load_id=self.load_id)
         return self._index
 
@@ -210,10 +219,13 @@ class _IndexUnpickler(pickle.Unpickler):
     """Knows the classes of the index, dtypes, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        # By exact name. A pickle may ask for any callable, and calling it is all that an attack needs.
         if (module, name) in _INDEX_NAMES:
             return super().find_class(module, name)
+        # dtypes are values, not callables.
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        # Only what is defined in that module itself: it imports others, whose names it has too.
         if module == _INDEX_MODULE and getattr(getattr(index, name, None), "__module__", None) == _INDEX_MODULE:
             return getattr(index, name)
         raise pickle.UnpicklingError(f"refusing to load {module}.{name} from an index of tensors")

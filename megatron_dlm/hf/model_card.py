@@ -9,7 +9,6 @@ import torch
 from megatron_dlm import __version__
 from megatron_dlm.checkpoint.stored import StoredCheckpoint
 from megatron_dlm.config.load import dump_yaml
-from megatron_dlm.run_folder import is_evaluation, read_lines
 
 _DLM_USE = """```python
 import torch
@@ -137,18 +136,14 @@ def _likelihood(record: dict[str, Any]) -> str:
 
 def _records(stored: StoredCheckpoint, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of the run: the record of this step, and the newest evaluation up to it; empty where there is none."""
-    at_step: dict[str, Any] = {}
-    evaluation: dict[str, Any] = {}
     folder = stored.run_folder
     if folder is None or not folder.metrics.is_file():
-        return at_step, evaluation
-    for record in read_lines(folder.metrics, skip_damaged=True):
-        if is_evaluation(record):
-            if evaluation.get("step", -1) <= record["step"] <= step:
-                evaluation = record
-        elif record["step"] == step:
-            at_step = record
-    return at_step, evaluation
+        return {}, {}
+    records = folder.records(skip_damaged=True)
+    at_step = next((record for record in records.steps if record["step"] == step), {})
+    # Of two at one step the first: a run that went on from it with other held-out data has made the second.
+    past = [record for record in records.evaluations if record["step"] <= step]
+    return at_step, max(past, key=lambda record: record["step"], default={})
 
 
 def _versions(info: dict[str, Any]) -> dict[str, str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from megatron_dlm.config.tree import SourceConfig
+from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.training.held_out import held_out_nelbo, unigram_cross_entropy
+from megatron_dlm.training.saving import describe_sources
 from megatron_dlm.training.state import Training
 
 
@@ -41,6 +46,7 @@ class Evaluator:
         self._training = training
         self._questions = questions
         self._unigram: float | None = None
+        self._data: str | None = None
 
     def is_due(self, step: int) -> bool:
         """Every ``evaluate.interval`` steps and after the last one, where there is something to do."""
@@ -60,9 +66,11 @@ class Evaluator:
         if self._unigram is None:
             counts = training.train_stream.dataset.unigram_counts(training.tokenizer.vocab_size)
             self._unigram = unigram_cross_entropy(counts, training.valid_stream.dataset.sequences(np.arange(count)))
+            self._data = data_name(training.config.data.valid, training.valid_stream.dataset)
         bits_per_byte = 1 / math.log(2) / training.valid_stream.dataset.bytes_per_token
         return {
             "step": step,
+            "valid_data": self._data,
             "valid_nelbo": result.nelbo,
             "valid_nelbo_ci95": result.ci95,
             "valid_bits_per_byte": result.nelbo * bits_per_byte,
@@ -72,3 +80,9 @@ class Evaluator:
             "valid_sequences": result.sequences,
             **(self._questions.figures() if self._questions else {}),
         }
+
+
+def data_name(sources: list[SourceConfig], data: Dataset) -> str:
+    """``valid-1a2b3c4d``: the names of the sources, and a digest of what is in them and of their shares."""
+    digest = hashlib.sha256(repr(describe_sources(sources, data)).encode()).hexdigest()
+    return "-".join([*(Path(source.path).name for source in sources), digest[:8]])

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_dlm.config.differences import Difference
 from megatron_dlm.config.tree import Config
 from megatron_dlm.files import written_beside
 from megatron_dlm.formatting import format_count, format_duration, shown
-from megatron_dlm.run_folder import RunFolder, is_evaluation, read_lines
+from megatron_dlm.run_folder import RunFolder, is_configuration, is_evaluation, read_lines
 
 
 def format_line(record: dict[str, Any], *, steps: int) -> str:
@@ -61,10 +62,10 @@ class Reporter:
             return
         folder = RunFolder(Path(config.run.directory))
         folder.path.mkdir(parents=True, exist_ok=True)
-        self._evaluated: set[int] = set()
+        self._evaluated: set[tuple[int, Any]] = set()
         for record in _drop_after(folder.metrics, first_step):
             if is_evaluation(record):
-                self._evaluated.add(record["step"])
+                self._evaluated.add(_evaluated(record))
             elif record["step"] == first_step:
                 self.flops_before = record.get("training_flops")
         self._samples = folder.samples
@@ -94,11 +95,21 @@ class Reporter:
             self.say(format_line(averaged(self._recent), steps=self.steps))
             self._recent.clear()
 
+    def configuration(self, step: int, changes: Sequence[Difference]) -> None:
+        """Record the keys that the configuration has changed after ``step`` steps, and print a line for each."""
+        if not self.active:
+            return
+        values = {key: {"before": before, "after": after} for key, before, after in changes}
+        values = json.loads(json.dumps(values, default=str))  # YAML knows more kinds of values, binary ones and sets
+        self._write({"step": step, "kind": "configuration", "changes": values})
+        for key, change in values.items():
+            self.say(f"changed    {key}: {json.dumps(change['before'])} -> {json.dumps(change['after'])}")
+
     def evaluation(self, record: dict[str, Any]) -> None:
         """Record one evaluation and print it."""
         if not self.active:
             return
-        if record["step"] not in self._evaluated:
+        if _evaluated(record) not in self._evaluated:
             self._write(record)
         self.say(
             f"step {record['step']}/{self.steps} | valid {self._likelihood} {record['valid_nelbo']:.4f} +- "
@@ -178,11 +189,20 @@ def _finite_or_none(value: Any) -> Any:
     """JSON has no NaN and no infinity, and a step with a NaN loss must be recorded like any other."""
     if isinstance(value, list):
         return [_finite_or_none(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _finite_or_none(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _evaluated(record: dict[str, Any]) -> tuple[int, Any]:
+    """What an evaluation is of: the step, and the held-out data, which a resumed run may have exchanged."""
+    return record["step"], record.get("valid_data")
 
 
 def _drop_after(path: Path, first_step: int) -> Iterator[dict[str, Any]]:
     """Forget records after the step that a resumed run continues from, so that no step stands twice.
+
+    So are changes of the configuration at that step: they are of the steps after it.
 
     Yields the others; the file is replaced when the last one has been taken.
     """
@@ -190,6 +210,6 @@ def _drop_after(path: Path, first_step: int) -> Iterator[dict[str, Any]]:
         return
     with written_beside(path) as partial, partial.open("w", encoding="utf-8") as kept:
         for record in read_lines(path, skip_damaged=True):
-            if record["step"] <= first_step:
+            if record["step"] <= first_step - is_configuration(record):
                 kept.write(json.dumps(record) + "\n")
                 yield record

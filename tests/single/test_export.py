@@ -254,7 +254,9 @@ def test_the_model_card(tmp_path: Path) -> None:
         evaluated(10, 3.0),
         {"step": 19, "epoch": 0.5, "unique_tokens": 19},
         {"step": 20, "epoch": 1.25, "unique_tokens": 16384},
+        {"step": 20, "kind": "configuration", "changes": {"optimizer.lr": {"before": 1.0, "after": 2.0}}},
         evaluated(18, 2.5),
+        evaluated(18, 9.0),  # of other held-out data, with which the run went on
         evaluated(30, 1.0),
     ]
     text = "".join(json.dumps(record) + "\n" for record in records) + '{"step": 18, "valid_nel'
