@@ -127,17 +127,13 @@ def model_keys(keys: Iterable[str]) -> list[str]:
 
 
 def _contents(index: Metadata) -> tuple[dict[str, TensorInfo], list[str]]:
-    """The model's tensors, and the files they are in. Raises ``ValueError`` for a file that is not the checkpoint's."""
+    """The model's tensors, and the files they are in."""
     tensors = {
         key: TensorInfo(tuple(stored.size), stored.properties.dtype)
         for key in model_keys(index.state_dict_metadata)
         if isinstance(stored := index.state_dict_metadata[key], TensorStorageMetadata)
     }
-    files = sorted({place.relative_path for item, place in index.storage_data.items() if item.fqn in tensors})
-    for name in files:
-        if Path(name).name != name:
-            raise ValueError(f"it names {name}, which is not one of its files")
-    return tensors, files
+    return tensors, sorted({place.relative_path for item, place in index.storage_data.items() if item.fqn in tensors})
 
 
 def _bare(tensor: Tensor, info: TensorInfo) -> Tensor:

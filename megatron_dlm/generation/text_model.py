@@ -130,7 +130,7 @@ def open_text_model(path: str, layout: ParallelConfig | None = None) -> TextMode
         denoiser = load_denoiser(stored, layout)
         return TextModel(
             denoise=denoiser,
-            tokenizer=load_tokenizer(stored.tokenizer),
+            tokenizer=stored.tokenizer(),
             kind=stored.config.model.kind,
             max_length=stored.config.data.sequence_length,
             device=denoiser.topology.device,

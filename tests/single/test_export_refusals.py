@@ -91,7 +91,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         rf"{QUERIES} is \[8\] instead of \[12\]",
     ),
     "other tokenizer": (other_tokenizer, ConfigError, "tokenizer is not the tokenizer of its checkpoint; restore it"),
-    "no tokenizer": (no_tokenizer, DataError, "is no tokenizer: give"),
+    "no tokenizer": (no_tokenizer, ConfigError, "cannot read the tokenizer of .*source: No such file"),
     "flipped bit": (
         flipped,
         ConfigError,
