@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from megatron_dlm.errors import ConfigError, DataError
 
@@ -41,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | os.PathLike) -> io.BufferedReader:
     """A regular file, open for reading. Raises ``OSError``, also for anything else: opening a pipe would wait."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
@@ -51,7 +52,7 @@ def open_regular(path: str | Path) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
-def read_bytes(path: str | Path, limit: int) -> bytes:
+def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
     """The content of a regular file of at most ``limit`` bytes. Raises ``OSError``, for a larger one too."""
     with open_regular(path) as file:
         content = file.read(limit + 1)

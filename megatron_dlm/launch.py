@@ -28,6 +28,7 @@ import psutil
 
 from megatron_dlm.config.load import to_dict
 from megatron_dlm.config.tree import Config
+from megatron_dlm.environment import has_rank, require_place
 from megatron_dlm.errors import ConfigError, DataError, TrainingError
 from megatron_dlm.run_folder import DONE, FAILED, INVALID, STOPPED, RunFolder, Status
 
@@ -95,12 +96,13 @@ def started_by_torchrun() -> bool:
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"WORLD_SIZE is set but {missing[0]} is not; start with torchrun, or unset WORLD_SIZE")
+    require_place()
     return True
 
 
 def is_first_rank() -> bool:
     """Whether this process is the one that prints and writes; known before there are process groups."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" or not has_rank()
 
 
 def count_workers(config: Config) -> int:

@@ -50,7 +50,12 @@ class StoredCheckpoint(NamedTuple):
         folder = RunFolder(self.directory.parent.parent)
         return folder if folder.checkpoints == self.directory.parent else None
 
-    def tokenizer(self) -> Tokenizer:
+    @property
+    def tokenizer(self) -> str:
+        """What `data.tokenizer.load_tokenizer` takes to read its tokenizer."""
+        return str(self.directory / TOKENIZER)
+
+    def open_tokenizer(self) -> Tokenizer:
         """Its tokenizer. Raises ``ConfigError`` or ``DataError``, one line, where its copy is not what the run had."""
         path, remedy = self.directory / TOKENIZER, "restore it or give another checkpoint"
         try:

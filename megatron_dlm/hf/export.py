@@ -126,7 +126,7 @@ def _plan(checkpoint: Path, dtype: DTypeName | None, max_shard_size: int) -> _Pl
         raise ConfigError(f"--max-shard-size is {max_shard_size}; give at least one byte")
     stored = open_checkpoint(checkpoint)
     _require_representable(stored)
-    tokenizer = stored.tokenizer()
+    tokenizer = stored.open_tokenizer()
     reader = WeightsReader(stored.directory)
     wholes = weight_map(stored.config.model, tokenizer.vocab_size)
     _require_same_tensors(stored.directory, reader, wholes)

@@ -21,7 +21,7 @@ from megatron_dlm.checkpoint import manifest
 from megatron_dlm.checkpoint.whole_tensors import TensorInfo, WeightsReader, write_weights
 from megatron_dlm.commands.export import size_in_bytes
 from megatron_dlm.config.load import dump_yaml
-from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.errors import ConfigError
 from megatron_dlm.hf.export import export
 from tests.exports import config, content, make_checkpoint
 
