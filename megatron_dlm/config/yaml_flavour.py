@@ -15,7 +15,7 @@ import yaml
 from megatron_dlm.errors import ConfigError
 
 _MAX_VALUES = 100_000  # of a document with its aliases written out; ours have hundreds
-_MAX_NODES = 20_000  # of a document as it is written
+_MAX_NODES, _MAX_DEPTH = 10_000, 50  # of a document as it is written
 _TAG = "tag:yaml.org,2002:"
 _RESOLVERS = (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
@@ -44,7 +44,7 @@ class Real(float):
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
-    nodes = 0
+    nodes = depth = merged = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """As yaml's, but it ends with an error before a document takes seconds."""
@@ -52,11 +52,20 @@ class _Loader(yaml.SafeLoader):
         if self.nodes > _MAX_NODES:
             problem = f"it has more than {_MAX_NODES:,} values"
             raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+        if self.depth > _MAX_DEPTH:
+            raise RecursionError
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """As yaml's, but of equal keys that are merged one remains: copies of copies would be endlessly many."""
         super().flatten_mapping(node)
+        self.merged += len(node.value)
+        if self.merged > _MAX_VALUES:
+            problem = f"it merges more than {_MAX_VALUES:,} values"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         node.value = list({key.value: (key, value) for key, value in node.value if _is_word(key)}.values())
 
 
