@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_dlm.errors import ConfigError, DataError
 
-_LARGEST_JSON = 2**26  # bytes
+_LARGEST_JSON = 2**28  # bytes
 
 
 @contextlib.contextmanager

@@ -130,8 +130,8 @@ def is_checkpoint(path: str | Path) -> bool:
     """Whether ``path`` is the directory of a checkpoint, or of a run that has some."""
     try:
         _directory(Path(path))
-    except ConfigError:
-        return False
+    except ConfigError:  # of a run whose checkpoints are damaged, opening it says which is
+        return os.path.lexists(RunFolder(Path(path)).checkpoints / LATEST)
     return True
 
 
@@ -145,7 +145,8 @@ def _directory(path: Path) -> tuple[Path, str]:
                 return directory, ""
             for directory in checkpoints(root) if root.is_dir() else []:
                 if find_fault(directory) is None:
-                    return directory, f"{root / LATEST} names no checkpoint; taking {directory.name}, the newest one"
+                    taken = f"taking {directory.name}, the newest complete one"
+                    return directory, f"{root / LATEST} names no checkpoint; {taken}"
             if os.path.lexists(root / LATEST):
                 raise ConfigError(f"{root / LATEST} names no checkpoint, and none beside it is complete; give another")
         what = "has no checkpoint" if path.is_dir() else "is no directory"

@@ -90,8 +90,12 @@ class _HashingFileSystem(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        with _HashingWriter(path) as stream:
-            yield stream
+        try:
+            with _HashingWriter(path) as stream:
+                yield stream
+        except OSError as error:  # of a write, which does not say where
+            error.filename = error.filename or str(path)
+            raise
         if Path(path).suffix == TENSORS:
             self.records[Path(path).name] = stream.record()
 

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_dlm.checkpoint.collective import cause
 from megatron_dlm.checkpoint.manifest import Damaged, FileRecord
 from megatron_dlm.checkpoint.tensor_files import INDEX, TensorReader, TensorWriter
 from megatron_dlm.errors import ConfigError
@@ -144,5 +145,4 @@ def _bare(tensor: Tensor, info: TensorInfo) -> Tensor:
 
 
 def _unreadable(what: Path | str, error: Exception) -> ConfigError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().partition("\n")[0]
-    return ConfigError(f"cannot read {what}: {reason or type(error).__name__}; restore it or give another checkpoint")
+    return ConfigError(f"cannot read {what}: {cause(error)}; restore it or give another checkpoint")
