@@ -22,7 +22,7 @@ from megatron_dlm.crossover import end_with_parent
 from megatron_dlm.crossover.curves import Arm
 from megatron_dlm.crossover.grid import Crossover, check_recorded, first_difference, folder_of
 from megatron_dlm.errors import ConfigError, DataError
-from megatron_dlm.files import write_text
+from megatron_dlm.files import read_json_object, write_text
 from megatron_dlm.formatting import format_duration
 from megatron_dlm.launch import (
     DONE,
@@ -140,10 +140,7 @@ def _preflight(arm: Arm, config: Config) -> dict[str, Any]:
     }
     directory = Path(config.run.directory)
     if (directory / "config.yaml").exists():
-        try:
-            recorded = json.loads((directory / "arm.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise ConfigError(f"{directory / 'arm.json'} cannot be read; restore it, or remove that folder") from None
+        recorded = read_json_object(directory / "arm.json", "restore it, or remove that folder")
         if difference := first_difference(recorded, facts):
             raise ConfigError(
                 f"{directory} was trained with other data.{difference[0]} than there are now; restore them, choose "
