@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_dlm.errors import DataError
-from megatron_dlm.files import json_text, write_text
+from megatron_dlm.files import check_file_output, json_text, open_regular, read_bytes, write_text
 
 DONE, FAILED, INVALID, STOPPED = 0, 1, 2, 75
 """Exit codes of a run: done, failed, refused before it began, and stopped with everything saved: start it again."""
 
 _REMEDY = "give a run's directory or its metrics.jsonl"
 _TAIL = 2**17  # bytes that hold the last records of a run
+_LARGEST_STATUS = 2**20  # bytes
 
 
 class Status(NamedTuple):
@@ -125,10 +126,18 @@ class RunFolder:
     def status(self) -> Status | None:
         """How the run ended; None while it runs, and where nothing can be read."""
         try:
-            content = json.loads(self.status_file.read_text(encoding="utf-8"))
+            content = json.loads(read_bytes(self.status_file, _LARGEST_STATUS).decode())
             return Status(int(content["exit_code"]), str(content["reason"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
+
+    def check_writable(self) -> None:
+        """Find what would keep a run from writing its files: one that is none, say. Raises ``DataError``, one line."""
+        if self.path.is_dir():
+            for file in (self.config, self.metrics, self.samples, self.status_file, self.lock):
+                check_file_output(file, "run.directory")
+        if os.path.lexists(self.tensorboard) and not self.tensorboard.is_dir():
+            raise DataError(f"cannot write {self.tensorboard}: it is no directory; choose another run.directory")
 
     def write_status(self, status: Status) -> None:
         """Record how the run ended. Raises ``OSError``."""
@@ -140,14 +149,15 @@ class RunFolder:
         status = self.status()
         return status is not None and status.exit_code == DONE
 
-    def records(self, *, skip_damaged: bool = False) -> Records:
-        """All records; ``skip_damaged`` and ``DataError`` as for ``read_lines``."""
-        return _sorted(read_lines(self.metrics, skip_damaged=skip_damaged))
+    def records(self, remedy: str = _REMEDY, *, skip_damaged: bool = False) -> Records:
+        """All records; what is no number in them is None. ``skip_damaged`` and ``DataError`` as for ``read_lines``."""
+        lines = read_lines(self.metrics, skip_damaged=skip_damaged, remedy=remedy)
+        return _sorted(record if "kind" in record else _numbers(record) for record in lines)
 
     def last_records(self) -> Records:
         """The last ones (of a run that may be writing), as far as they can be read; empty where there are none."""
         try:
-            with self.metrics.open("rb") as file:
+            with open_regular(self.metrics) as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
                 lines = file.read().splitlines()
         except OSError:
@@ -180,32 +190,49 @@ def _sorted(records: Iterable[dict[str, Any]]) -> Records:
     return found
 
 
-def read_lines(path: Path, *, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
+def _numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with None for what is no number, but for the name of the held-out data."""
+    return {key: value if _is_number(value) or key == "valid_data" else None for key, value in record.items()}
+
+
+def read_lines(path: Path, *, skip_damaged: bool = False, remedy: str = _REMEDY) -> Iterator[dict[str, Any]]:
     """The records of a metrics.jsonl or samples.jsonl: mappings with the ``step`` that they are of.
 
     A last line that a kill has cut short is left out.
 
     Args:
         skip_damaged: leave out all other lines that are no records as well, instead of refusing the file.
+        remedy: ends the message of an error.
 
     Raises:
         DataError: the file cannot be read, or has a line that is no record; one line.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for number, line in enumerate(file, start=1):
                 if (record := _record(line)) is not None:
                     yield record
                 elif line.endswith(b"\n") and not skip_damaged:  # only a last line has no end
-                    raise DataError(f"{path}:{number} is no record of a step; {_REMEDY}")
+                    raise DataError(f"{path}:{number} is no record of a step; {remedy}")
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; {_REMEDY}") from None
+        raise DataError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is what a record may have: a number, or a list of numbers and None."""
+    if isinstance(value, list):
+        return all(item is None or (_is_number(item) and not isinstance(item, list)) for item in value)
+    return isinstance(value, int | float)
+
+
+def _integer(text: str) -> int | float:
+    return int(text) if len(text) < 20 else float(text)  # one that no float can hold is infinite
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except ValueError:  # of JSON, and of UTF-8
+        record = json.loads(line, parse_int=_integer)
+    except (ValueError, RecursionError):  # of JSON, and of UTF-8
         return None
     known = isinstance(record, dict) and isinstance(record.get("step"), int)
     return record if known else None

@@ -35,8 +35,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_dlm.checkpoint.manifest import FileRecord
-from megatron_dlm.checkpoint.pieces import Piece
+from megatron_dlm.checkpoint.pieces import MAIN, Piece
 from megatron_dlm.checkpoint.tensor_files import COMMON, TensorReader, TensorWriter
+from megatron_dlm.files import open_regular
 
 
 def write_pieces(pieces: Iterable[Piece], common: dict[str, Any], directory: Path) -> dict[str, FileRecord]:
@@ -62,7 +63,7 @@ def write_pieces(pieces: Iterable[Piece], common: dict[str, Any], directory: Pat
 def read_pieces(pieces: Iterable[Piece], directory: Path) -> None:
     """Fill this rank's pieces, whatever rectangles the checkpoint has; collective.
 
-    Every rank reads what overlaps its own pieces and no more, and verifies what it reads.
+    Every rank reads what overlaps its own pieces and no more, and verifies what it reads: weights must be finite.
 
     Raises:
         CheckpointException: a rank could not read, or found something else than its pieces; on all ranks.
@@ -73,7 +74,16 @@ def read_pieces(pieces: Iterable[Piece], directory: Path) -> None:
 
 def read_common(directory: Path) -> dict[str, Any]:
     """The plain values. Raises ``OSError`` or ``pickle.UnpicklingError``."""
-    return torch.load(directory / COMMON, map_location="cpu", weights_only=True)
+    with open_regular(directory / COMMON) as file:
+        try:
+            common = torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, pickle.UnpicklingError):
+            raise
+        except Exception as error:  # what is no archive of torch's fails in any way
+            raise pickle.UnpicklingError(f"its {COMMON} is damaged ({type(error).__name__})") from None
+    if not isinstance(common, dict):
+        raise pickle.UnpicklingError(f"its {COMMON} is damaged")
+    return common
 
 
 def _by_place(pieces: Iterable[Piece]) -> dict[MetadataIndex, Piece]:
@@ -142,6 +152,12 @@ class _PieceReader(dcp.DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self._pieces[index].data
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Refuse weights with which nothing can be computed, while they are at hand."""
+        key = read_item.dest_index.fqn
+        if (not key.startswith("optimizer.") or key.startswith(MAIN)) and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{key} has values that are not finite numbers")
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise pickle.UnpicklingError(f"refusing to load {read_item.dest_index.fqn}, which is not a tensor")

@@ -5,7 +5,6 @@ What is finished is not trained again; what was stopped or killed goes on from i
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from megatron_dlm.crossover import end_with_parent
 from megatron_dlm.crossover.curves import Arm
 from megatron_dlm.crossover.grid import Crossover, check_recorded, first_difference, folder_of
 from megatron_dlm.errors import ConfigError, DataError
-from megatron_dlm.files import json_text, write_text
+from megatron_dlm.files import json_text, read_json_object, write_text
 from megatron_dlm.formatting import format_duration
 from megatron_dlm.launch.launcher import count_workers
 from megatron_dlm.launch.run_lock import directory_in_use
@@ -134,10 +133,7 @@ def _preflight(arm: Arm, config: Config) -> dict[str, Any]:
     }
     directory = Path(config.run.directory)
     if folder_of(config).config.exists():
-        try:
-            recorded = json.loads((directory / "arm.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise ConfigError(f"{directory / 'arm.json'} cannot be read; restore it, or remove that folder") from None
+        recorded = read_json_object(directory / "arm.json", "restore it, or remove that folder")
         if difference := first_difference(recorded, facts):
             raise ConfigError(
                 f"{directory} was trained with other data.{difference[0]} than there are now; restore them, choose "

@@ -131,13 +131,14 @@ def read_run(arm: Arm, folder: RunFolder) -> Run:
 
     Raises ``DataError``, one line, where they cannot be read or have no evaluation with a finite loss.
     """
-    records = folder.records()
+    again = f"remove {folder.path} to train this arm again"
+    records = folder.records(f"restore it, or {again}")
     # Evaluations know their step only; its record has the epoch and the FLOPs.
     steps = {r["step"]: (number(r.get("epoch")), number(r.get("training_flops"))) for r in records.steps}
     evaluations = [r for r in records.curve if r["step"] in steps and math.isfinite(steps[r["step"]][0])]
     loss = _curve(evaluations, steps, "valid_nelbo", "valid_nelbo_ci95", 1.0)
     if not len(loss.epochs):
-        raise DataError(f"{folder.metrics} has no evaluation; remove {folder.path} to train this arm again")
+        raise DataError(f"{folder.metrics} has no evaluation; {again}")
     names = sorted({key for record in evaluations for key in record if key.startswith(_TASK)})
     tasks = {
         name.removeprefix(_TASK): _curve(evaluations, steps, name, f"{name}_stderr", _NORMAL_95)

@@ -51,6 +51,8 @@ class PartialAnswers:
         """
         self.path = output.with_name(f"{output.name}.partial")
         self.damaged = False
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
+            raise DataError(f"cannot write {self.path}: it is no regular file; remove it, or choose another --output")
         try:
             try:
                 self._database = self._open()

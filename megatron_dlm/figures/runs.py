@@ -113,6 +113,7 @@ def by_mask_ratio(steps: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np
     recent = [record[key] for record in steps[-max(1, len(steps) // 4) :] if record.get(key)]
     if not recent:
         return np.empty(0), np.empty(0)
+    recent = [buckets for buckets in recent if len(buckets) == len(recent[-1])]
     values = np.array(recent, dtype=float)  # None becomes NaN
     buckets = np.flatnonzero(~np.isnan(values).all(axis=0))
     return (buckets + 0.5) / values.shape[1], np.nanmean(values[:, buckets], axis=0)

@@ -48,6 +48,9 @@ def load_model(path: str) -> Any:
         raise ConfigError(
             f"the weights of {path} are not those of its config.json ({', '.join(faults)}); export it again"
         )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ConfigError(f"{name} of {path} has values that are not finite numbers; export the model again")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

@@ -131,7 +131,7 @@ def open_text_model(path: str, layout: ParallelConfig | None = None) -> TextMode
         denoiser = load_denoiser(stored, layout)
         return TextModel(
             denoise=denoiser,
-            tokenizer=load_tokenizer(stored.tokenizer),
+            tokenizer=stored.open_tokenizer(),
             kind=stored.config.model.kind,
             max_length=stored.config.data.sequence_length,
             device=denoiser.topology.device,

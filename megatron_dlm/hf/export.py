@@ -19,7 +19,7 @@ from tqdm import tqdm
 from megatron_dlm.checkpoint.stored import CONFIG, StoredCheckpoint, open_checkpoint
 from megatron_dlm.checkpoint.whole_tensors import WeightsReader
 from megatron_dlm.config.tree import Config, ModelConfig
-from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.errors import ConfigError
 from megatron_dlm.files import json_text
 from megatron_dlm.hf.model_card import model_card
@@ -127,13 +127,7 @@ def _plan(checkpoint: Path, dtype: DTypeName | None, max_shard_size: int) -> _Pl
         raise ConfigError(f"--max-shard-size is {max_shard_size}; give at least one byte")
     stored = open_checkpoint(checkpoint)
     _require_representable(stored)
-    tokenizer = load_tokenizer(stored.tokenizer)
-    # The ids must mean what they did in training.
-    if (tokenizer.fingerprint, tokenizer.vocab_size) != (
-        stored.info.get("tokenizer_fingerprint"),
-        stored.info.get("vocab_size"),
-    ):
-        raise ConfigError(f"{stored.tokenizer} is not the tokenizer of its checkpoint; restore it or give another one")
+    tokenizer = stored.open_tokenizer()
     reader = WeightsReader(stored.directory)
     wholes = weight_map(stored.config.model, tokenizer.vocab_size)
     _require_same_tensors(stored.directory, reader, wholes)

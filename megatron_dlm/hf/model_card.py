@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from megatron_dlm import __version__
 from megatron_dlm.checkpoint.stored import StoredCheckpoint
 from megatron_dlm.config.load import dump_yaml
+from megatron_dlm.errors import one_line
 
 _DLM_USE = """```python
 import torch
@@ -67,16 +69,19 @@ def model_card(stored: StoredCheckpoint, *, architecture: str, parameters: int, 
         else "It predicts the next token. Whatever loads transformers' models loads it, without custom code."
     )
     rows = {
-        "architecture": f"`{architecture}`",
+        "architecture": architecture,
         "parameters": f"{parameters:,}",
         "weights": f"{dtype}; trained in {config.train.precision}",
         "vocabulary": f"{info['vocab_size']:,} ids",
         "sequence length": f"{config.data.sequence_length:,} tokens",
-        **({"imported from": f"`{info['imported_from']}`"} if "imported_from" in info else {}),
+        **({"imported from": info["imported_from"]} if "imported_from" in info else {}),
         **_training(stored),
         "trained at layout": info.get("layout", "not recorded"),
         "versions": ", ".join(f"{name} {number}" for name, number in _versions(info).items()),
     }
+    configuration = dump_yaml(config).rstrip()
+    # Longer than any in a run's name or a prompt, which would end the block.
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", configuration)), default=0))
     lines = [
         "---",
         "library_name: transformers",
@@ -97,16 +102,21 @@ def model_card(stored: StoredCheckpoint, *, architecture: str, parameters: int, 
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows.items()),
+        *(f"| {name} | {_escaped(value)} |" for name, value in rows.items()),
         "",
         "## Configuration of the training run",
         "",
-        "```yaml",
-        dump_yaml(config).rstrip(),
-        "```",
+        f"{fence}yaml",
+        configuration,
+        fence,
         "",
     ]
     return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    """Text that stays what it is in a cell of a table: nothing in it is Markdown or HTML."""
+    return re.sub(r"[^\w ./,:;+()%=@-]", lambda found: f"&#{ord(found[0])};", one_line(text))
 
 
 def _training(stored: StoredCheckpoint) -> dict[str, str]:
@@ -117,7 +127,7 @@ def _training(stored: StoredCheckpoint) -> dict[str, str]:
         return {"training": "not recorded"}
     at_step, evaluation = _records(stored, step)
     tokens = f"{samples * config.data.sequence_length:,}"
-    if {"unique_tokens", "epoch"} <= at_step.keys():
+    if all(isinstance(at_step.get(key), int | float) for key in ("unique_tokens", "epoch")):
         tokens += f", {at_step['unique_tokens']:,} of them unique ({at_step['epoch']:.2f} epochs)"
     name = config.model.kind.likelihood
     return {"training steps": f"{step:,}", "training tokens": tokens, f"held-out {name}": _likelihood(evaluation)}

@@ -30,7 +30,9 @@ from megatron_dlm.checkpoint.stored import (
     checkpoints,
     find_fault,
     point_latest,
+    read_info,
 )
+from megatron_dlm.checkpoint.tensor_files import COMMON
 from megatron_dlm.config.differences import Difference, differences
 from megatron_dlm.config.load import dump_yaml, read_stored
 from megatron_dlm.config.tree import Config, SourceConfig
@@ -136,7 +138,7 @@ def load(training: Training, directory: Path) -> Progress:
     """
     try:
         common = on_rank_zero(lambda: read_common(directory))
-        training.optimizer.load_common_state(common["optimizer"])
+        progress = _take_over(training, common)
         read_pieces(_pieces(training, saving=False), directory)
     except (OSError, CheckpointException, pickle.UnpicklingError) as error:
         if isinstance(first_failure(error), Damaged):
@@ -144,7 +146,16 @@ def load(training: Training, directory: Path) -> Progress:
         raise TrainingError(f"cannot read checkpoint {directory}: {cause(error)}; restore or remove it") from None
     for chunk in training.chunks:
         chunk.start_param_sync(force_sync=True)  # every rank has its own share of the weights, and gets the others
-    return Progress(*(int(common.get(name, 0)) for name in Progress._fields))
+    return progress
+
+
+def _take_over(training: Training, common: dict[str, Any]) -> Progress:
+    """Give the optimizer what is no tensor. Raises ``pickle.UnpicklingError`` where that is something else."""
+    try:
+        training.optimizer.load_common_state(common["optimizer"])
+        return Progress(*(int(common.get(name, 0)) for name in Progress._fields))
+    except Exception as error:  # megatron's optimizer says in many ways that it is not its own
+        raise pickle.UnpicklingError(f"its {COMMON} is damaged ({type(error).__name__})") from None
 
 
 def seconds_taken(directory: Path) -> float:
@@ -203,12 +214,12 @@ def changed_since(directory: Path, config: Config) -> list[Difference]:
 
 def _require_same_run(directory: Path, config: Config, tokenizer: Tokenizer, train_data: Dataset, steps: int) -> None:
     """Raise ``ConfigError`` where the configuration or the data contradicts the checkpoint."""
-    info = json.loads((directory / INFO).read_text())
+    info = read_info(directory)
     sources = describe_sources(config.data.train, train_data)
     found = [
         *(change for change in changed_since(directory, config) if f"{change.key}.".startswith(_BINDING)),
-        Difference("the fingerprint of data.tokenizer", info["tokenizer_fingerprint"], tokenizer.fingerprint),
-        Difference("the list of (fingerprint, share) of data.train", info["train_sources"], sources),
+        Difference("the fingerprint of data.tokenizer", info.get("tokenizer_fingerprint"), tokenizer.fingerprint),
+        Difference("the list of (fingerprint, share) of data.train", info.get("train_sources"), sources),
     ]
     for key, before, now in found:
         if before != now:
@@ -216,7 +227,7 @@ def _require_same_run(directory: Path, config: Config, tokenizer: Tokenizer, tra
                 f"{key} is {now!r} but was {before!r}, which {directory} cannot continue; restore it or choose another "
                 "run.directory"
             )
-    if info["step"] > steps:
+    if info.get("step", 0) > steps:
         raise ConfigError(
             f"{directory} is beyond the {steps} steps of this run; train longer or choose another run.directory"
         )
@@ -294,7 +305,7 @@ def _remove(directory: Path) -> None:
 
 def _delete(path: Path) -> None:
     """Delete a directory; of a symbolic link to one (to another disk, say) the link only."""
-    if path.is_symlink():
+    if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:
         shutil.rmtree(path)

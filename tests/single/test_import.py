@@ -275,7 +275,7 @@ def test_configuration_is_one_that_a_run_takes(folder: Path, take: Any) -> None:
     save_source(folder, "llama")
     tree = to_dict(take().config)
     assert set(tree) == set(to_dict(type(take(overwrite=True).config)()))
-    with pytest.raises(ConfigError, match="data.sequence_length is 0; it must be greater than 0"):
+    with pytest.raises(ConfigError, match="data.sequence_length is 0; it must be from 1"):
         take(sequence_length=0, overwrite=True)
     edit_config(folder, rms_norm_eps=0)
     with pytest.raises(ConfigError, match="model.norm_eps is 0"):
