@@ -38,7 +38,7 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; {remedy}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {' '.join(str(error).split())}; {remedy}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a JSON object; {remedy}")

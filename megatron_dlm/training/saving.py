@@ -196,6 +196,10 @@ def _require_same_run(directory: Path, config: Config, tokenizer: Tokenizer, tra
     pairs.append(("the fingerprint of data.tokenizer", info["tokenizer_fingerprint"], tokenizer.fingerprint))
     sources = _describe_sources(config, train_data)
     pairs.append(("the list of (fingerprint, share) of data.train", info["train_sources"], sources))
+    # Fingerprints are of samples; digests are of all, but neither early checkpoints nor early corpora have them.
+    digests = zip(info.get("train_digests", ()), train_data.digests, strict=False)
+    known = [pair for pair in digests if None not in pair]
+    pairs.append(("the list of SHA-256 of data.train", [before for before, _ in known], [now for _, now in known]))
     for key, before, now in pairs:
         if before != now:
             what = _first_difference(key, before, now)
@@ -242,6 +246,7 @@ def _describe(training: Training, progress: Progress, directory: Path, known: di
         "tokenizer_fingerprint": training.tokenizer.fingerprint,
         "vocab_size": training.tokenizer.vocab_size,
         "train_sources": _describe_sources(training.config, training.train_stream.dataset),
+        "train_digests": training.train_stream.dataset.digests,
         "versions": versions(("megatron_dlm", "megatron-core", "torch")),
     }
     (directory / INFO).write_text(json.dumps(info, indent=2) + "\n")

@@ -16,6 +16,7 @@ from megatron_dlm.training.batches import BatchStream
 from megatron_dlm.training.initial_weights import load_initial_weights
 from megatron_dlm.training.optimizer import Optimizer, wrap
 from megatron_dlm.training.state import Training
+from megatron_dlm.training.verification import verify_data
 
 
 def build(config: Config, topology: Topology) -> Training:
@@ -25,6 +26,7 @@ def build(config: Config, topology: Topology) -> Training:
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     train_data, valid_data = open_data(config, tokenizer)
+    verify_data(config, train_data, valid_data)
     objective = build_objective(config, tokenizer.vocabulary)
     steps = total_steps(config, train_data)
     bare = build_model(config, topology, vocab_size=tokenizer.vocab_size)
