@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,7 +10,14 @@ from typing import Any, NamedTuple
 
 from megatron_dlm.errors import DataError
 from megatron_dlm.packages import optional_module
-from megatron_dlm.preparation.records import parquet_columns, read_json_lines, read_lines, read_parquet, read_text
+from megatron_dlm.preparation.records import (
+    parquet_columns,
+    read_json_lines,
+    read_lines,
+    read_parquet,
+    read_text,
+    require_length,
+)
 
 # Tests, vendored packages and what a build writes: not the library's own source.
 _EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -51,12 +59,14 @@ def find_inputs(inputs: Iterable[str | Path]) -> list[Path]:
     """Files and dataset folders to read, in order: the inputs as given, other folders replaced by their files, sorted.
 
     Raises:
-        DataError: an input does not exist, or a folder has no visible file in it.
+        DataError: an input does not exist or may have no end, or a folder has no visible file in it.
     """
     found: list[Path] = []
-    for path in map(Path, inputs):
-        if not path.exists():
-            raise DataError(f"the input {path} does not exist: check the path")
+    for given in inputs:
+        if not str(given).strip():
+            raise DataError("an input is an empty text: give the path of a file or a folder")
+        path = Path(given)
+        _require_end(path)
         if not path.is_dir() or _is_dataset_folder(path):
             found.append(path)
             continue
@@ -95,6 +105,17 @@ def read_documents(
             yield Document(read_text(path), str(path))
 
 
+def _require_end(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise DataError(f"the input {path} does not exist: check the path") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the input {path}: {getattr(error, 'strerror', error)}; check the path") from None
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise DataError(f"the input {path} is a pipe or a device, which may have no end: write its text to a file")
+
+
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
@@ -105,10 +126,11 @@ def _is_dataset_folder(path: Path) -> bool:
 
 def _read_blocks(path: Path) -> Iterator[Document]:
     block: list[str] = []
-    first = ""
+    first, size = "", 0
     for line, origin in read_lines(path):
         if line.strip():
-            first = first if block else origin
+            first, size = (first, size + len(line)) if block else (origin, len(line))
+            require_length(size, first)
             block.append(line)
         elif block:
             yield Document("".join(block), first)
