@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.errors import DataError
 from megatron_dlm.files import read_json_object
 
 # Start of an .idx file: 9 bytes of magic, version, code of the token type, numbers of sequences and of document ends.
@@ -66,10 +66,7 @@ class Metadata:
         """Raises DataError where the file is missing, or a field of it is not what a prepared corpus has."""
         if not path.is_file():
             raise DataError(f"{path} is missing: give the prefix of a corpus that `megatron-dlm prepare` completed")
-        try:
-            values = read_json_object(path, _REMEDY)
-        except ConfigError as error:
-            raise DataError(str(error)) from None
+        values = read_json_object(path, _REMEDY, DataError)
         if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in values]:
             raise DataError(f"{path} lacks {', '.join(missing)}, so it describes no prepared corpus: {_REMEDY}")
         made = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
