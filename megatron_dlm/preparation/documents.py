@@ -23,6 +23,7 @@ from megatron_dlm.preparation.records import (
 _EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _EXCLUDED_FILES = ("pydoc_data/topics.py", "_sysconfigdata")
 
+_ROWS = 1024  # of a dataset folder that are in memory at a time
 _JSON_SUFFIXES = {".jsonl", ".json"}
 
 EMBEDDED_PARTS = ("source", "reference")
@@ -160,14 +161,20 @@ def _read_dataset_folder(path: Path, text_key: str) -> Iterator[Document]:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(p.parent.name for p in path.glob("*/state.json")) or ["train"]
         raise DataError(f"{path} holds several splits ({', '.join(splits)}): give one, such as {path / splits[0]}")
+    row = 0
     try:
         dataset = datasets.load_from_disk(str(path))
+        if text_key not in dataset.column_names:
+            raise DataError(f"{path} has no column {text_key!r}: {_name_key(dataset.column_names)}")
+        for table in dataset.select_columns([text_key]).with_format("arrow").iter(batch_size=_ROWS):
+            table.validate(full=True)  # a wrong offset would be read through a memory map, which kills the process
+            for text in table.column(0).to_pylist():
+                row += 1
+                yield _document(text, f"{path} row {row}", text_key)
+    except DataError:
+        raise
     except Exception as error:  # pyarrow, json or the file system, whatever part is damaged
         raise DataError(f"{path} is not a readable dataset folder ({_first_line(error)}): save it again") from error
-    if text_key not in dataset.column_names:
-        raise DataError(f"{path} has no column {text_key!r}: {_name_key(dataset.column_names)}")
-    for row, record in enumerate(dataset.select_columns([text_key]), 1):
-        yield _document(record[text_key], f"{path} row {row}", text_key)
 
 
 def _document(text: Any, origin: str, text_key: str) -> Document:

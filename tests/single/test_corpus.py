@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +186,18 @@ def write_dataset_without_column(folder: Path) -> Path:
     return folder / "dataset"
 
 
+def write_dataset_with_a_wrong_offset(folder: Path) -> Path:
+    """The end of the third text is 2 GB behind its beginning, where no file is."""
+    (path,) = as_dataset(folder).glob("*.arrow")
+    ends = list(itertools.accumulate(len(text.encode()) for text in TEXTS))
+    before = struct.pack(f"<{len(TEXTS) + 1}i", 0, *ends)
+    content = path.read_bytes()
+    assert content.count(before) == 1
+    ends[2] = 2**31 - 1
+    path.write_bytes(content.replace(before, struct.pack(f"<{len(TEXTS) + 1}i", 0, *ends)))
+    return path.parent
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -202,6 +216,7 @@ def write_dataset_without_column(folder: Path) -> Path:
         (lambda folder: write_bytes(folder / "a.jsonl.gz", gzip.compress(b'{"text": 1}')[:12]), "is damaged"),
         (write_dataset_of_splits, r"holds several splits \(train\): give one, such as .*splits/train"),
         (write_dataset_without_column, "has no column 'text'"),
+        (write_dataset_with_a_wrong_offset, "is not a readable dataset folder .*: save it again"),
         (lambda folder: folder / "absent", "absent does not exist"),
         (lambda folder: folder / ("x" * 300), "cannot read the input .*File name too long"),
         (lambda folder: Path("/dev/zero"), "/dev/zero is a pipe or a device, which may have no end"),
