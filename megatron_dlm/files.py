@@ -61,16 +61,16 @@ def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
     return content
 
 
-def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises ``ConfigError`` where there is none, one line that ends with the ``remedy``."""
+def read_json_object(path: Path, remedy: str, error_type: type[ValueError] = ConfigError) -> dict[str, Any]:
+    """The object in a JSON file. Raises ``error_type`` where there is none, one line that ends with the ``remedy``."""
     try:
         content = json.loads(read_bytes(path, _LARGEST_JSON).decode())
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+        raise error_type(f"cannot read {path}: {error.strerror}; {remedy}") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {' '.join(str(error).split())}; {remedy}") from None
+        raise error_type(f"{path} is not JSON: {' '.join(str(error).split())}; {remedy}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} is not a JSON object; {remedy}")
+        raise error_type(f"{path} is not a JSON object; {remedy}")
     return content
 
 

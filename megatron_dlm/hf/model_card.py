@@ -14,10 +14,10 @@ from megatron_dlm.errors import one_line
 
 _DLM_USE = """```python
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 path = "."  # the directory of this file
-tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+tokenizer = PreTrainedTokenizerFast.from_pretrained(path)  # it is no code; AutoTokenizer looks at the model's
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 
 # Go on from a prompt: masks behind it are filled in, the most certain first.

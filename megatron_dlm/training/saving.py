@@ -216,10 +216,14 @@ def _require_same_run(directory: Path, config: Config, tokenizer: Tokenizer, tra
     """Raise ``ConfigError`` where the configuration or the data contradicts the checkpoint."""
     info = read_info(directory)
     sources = describe_sources(config.data.train, train_data)
+    # Fingerprints are of samples; digests are of all, but neither early checkpoints nor early corpora have them.
+    digests = zip(info.get("train_digests", ()), train_data.digests, strict=False)
+    known = [pair for pair in digests if None not in pair]
     found = [
         *(change for change in changed_since(directory, config) if f"{change.key}.".startswith(_BINDING)),
         Difference("the fingerprint of data.tokenizer", info.get("tokenizer_fingerprint"), tokenizer.fingerprint),
         Difference("the list of (fingerprint, share) of data.train", info.get("train_sources"), sources),
+        Difference("the list of SHA-256 of data.train", [before for before, _ in known], [now for _, now in known]),
     ]
     for key, before, now in found:
         if before != now:
@@ -275,6 +279,7 @@ def _describe(
         "tokenizer_fingerprint": training.tokenizer.fingerprint,
         "vocab_size": training.tokenizer.vocab_size,
         "train_sources": describe_sources(training.config.data.train, training.train_stream.dataset),
+        "train_digests": training.train_stream.dataset.digests,
         "save_seconds": round(seconds, 3),
         "versions": versions(("megatron_dlm", "megatron-core", "torch")),
     }

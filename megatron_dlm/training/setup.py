@@ -17,6 +17,7 @@ from megatron_dlm.training.dry_batch import refusing_out_of_memory
 from megatron_dlm.training.initial_weights import load_initial_weights
 from megatron_dlm.training.optimizer import Optimizer, wrap
 from megatron_dlm.training.state import Training
+from megatron_dlm.training.verification import verify_data
 
 
 def build(config: Config, topology: Topology) -> Training:
@@ -26,6 +27,7 @@ def build(config: Config, topology: Topology) -> Training:
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     train_data, valid_data = open_data(config, tokenizer)
+    verify_data(config, train_data, valid_data)
     objective = build_objective(config, tokenizer.vocabulary)
     steps = total_steps(config, train_data)
     with refusing_out_of_memory(lambda: _less_model(config, topology)):

@@ -18,6 +18,7 @@ from megatron_dlm import cli
 from megatron_dlm.checkpoint import manifest
 from megatron_dlm.checkpoint.stored import StoredCheckpoint, open_checkpoint
 from megatron_dlm.checkpoint.whole_tensors import WeightsReader
+from megatron_dlm.commands.import_ import summary
 from megatron_dlm.config.load import to_dict
 from megatron_dlm.data.tokenizer import load_tokenizer
 from megatron_dlm.errors import ConfigError
@@ -135,6 +136,7 @@ def test_rows_are_those_of_the_tokenizer(rows: int, folder: Path, take: Any) -> 
     kept = min(rows, size)
     assert imported.vocab_size == size + 1 and imported.mask_token_id == size
     assert (imported.new_ids, imported.dropped_rows) == (size + 1 - kept, rows - kept)
+    assert f"{rows - kept:,} that no token has left out (an export has {size + 1:,} rows)" in summary(imported)
     tensors = load_file(folder / "model.safetensors")
     stored = open_checkpoint(imported.directory)
     for ours, name in zip(vocabulary(stored), ("model.embed_tokens.weight", "lm_head.weight"), strict=True):
