@@ -25,7 +25,14 @@ setup(
     ],
     extras_require={
         "gpu": ["triton>=3.6", "transformer-engine[pytorch]>=2.0"],
-        "hf": ["transformers>=5.0", "tokenizers>=0.22", "safetensors>=0.5", "datasets>=4.0", "pyarrow>=18.0"],
+        "hf": [
+            "transformers>=5.0",
+            "accelerate>=1.1",  # transformers' Trainer and lm-eval's model `hf` need it
+            "tokenizers>=0.22",
+            "safetensors>=0.5",
+            "datasets>=4.0",
+            "pyarrow>=18.0",
+        ],
         "eval": ["lm-eval>=0.4.9"],
         "log": ["tensorboard>=2.18", "matplotlib>=3.9"],
         "dev": [

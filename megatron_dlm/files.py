@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_dlm.errors import ConfigError, DataError
 
+_LARGEST_JSON = 2**28  # bytes
+
 
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
     """A hidden file beside ``path`` to write into, which takes its place when the block ends.
 
+    What a killed writer has left there is removed. A link is never followed: whoever can write into the folder could
+    have put one there.
+
     Raises ``OSError`` where it cannot be written; then, as after any error in the block, ``path`` is as it was.
     """
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
     try:
         yield partial
         partial.replace(path)
@@ -32,17 +42,41 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises ``ConfigError`` where there is none, one line that ends with the ``remedy``."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; {remedy}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {' '.join(str(error).split())}; {remedy}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is not a JSON object; {remedy}")
+def open_regular(path: str | os.PathLike) -> io.BufferedReader:
+    """A regular file, open for reading. Raises ``OSError``, also for anything else: opening a pipe would wait."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
+        os.close(handle)
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, os.strerror(code) if stat.S_ISDIR(mode) else "it is no regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_bytes(path: str | os.PathLike, limit: int) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes. Raises ``OSError``, for a larger one too."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
     return content
+
+
+def read_json_object(path: Path, remedy: str, error_type: type[ValueError] = ConfigError) -> dict[str, Any]:
+    """The object in a JSON file. Raises ``error_type`` where there is none, one line that ends with the ``remedy``."""
+    try:
+        content = json.loads(read_bytes(path, _LARGEST_JSON).decode())
+    except OSError as error:
+        raise error_type(f"cannot read {path}: {error.strerror}; {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise error_type(f"{path} is not JSON: {' '.join(str(error).split())}; {remedy}") from None
+    if not isinstance(content, dict):
+        raise error_type(f"{path} is not a JSON object; {remedy}")
+    return content
+
+
+def json_text(content: object) -> str:
+    """A JSON file's content. Raises ``ValueError`` for a number that is not finite, which JSON has not."""
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, content: object) -> None:
@@ -50,11 +84,11 @@ def write_json(path: Path, content: object) -> None:
 
     Raises:
         DataError: it cannot be written; one line.
-        ValueError: there is a number in it that is not finite, which JSON has not.
+        ValueError: as ``json_text``.
     """
     try:
         with written_beside(path) as partial:
-            partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            partial.write_text(json_text(content), encoding="utf-8")
             flush(partial)
         flush(path.parent)
     except OSError as error:

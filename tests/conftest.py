@@ -18,17 +18,9 @@ pytest_plugins = ["tests.limits"]
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``train`` and ``valid`` token files: some chapters of the language reference, in bytes."""
-    from pydoc_data.topics import topics
+    from tests.runs import write_data
 
-    from megatron_dlm.preparation.prepare import PrepareOptions, prepare
-
-    folder = tmp_path_factory.mktemp("tiny-data")
-    inputs = folder / "chapters"
-    inputs.mkdir()
-    for name in sorted(topics)[:24]:
-        (inputs / f"{name.replace('/', '-')}.txt").write_text(topics[name][:4000], encoding="utf-8")
-    prepare(PrepareOptions(output=folder, inputs=[inputs], tokenizer="byte", valid_fraction=0.2))
-    return folder
+    return write_data(tmp_path_factory.mktemp("tiny-data"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

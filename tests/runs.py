@@ -32,6 +32,20 @@ TINY: dict[str, Any] = {
 }
 
 
+def write_data(folder: Path) -> Path:
+    """``folder``, with ``train`` and ``valid`` token files: some chapters of the language reference, in bytes."""
+    from pydoc_data.topics import topics
+
+    from megatron_dlm.preparation.prepare import PrepareOptions, prepare
+
+    inputs = folder / "chapters"
+    inputs.mkdir()
+    for name in sorted(topics)[:24]:
+        (inputs / f"{name.replace('/', '-')}.txt").write_text(topics[name][:4000], encoding="utf-8")
+    prepare(PrepareOptions(output=folder, inputs=[inputs], tokenizer="byte", valid_fraction=0.2))
+    return folder
+
+
 def tiny_config(data: Path, /, **sections: dict[str, Any]) -> Config:
     """The tiny run on the data prefixes ``data/train`` and ``data/valid``, with sections updated."""
     tree = {name: dict(values) for name, values in TINY.items()}
@@ -60,8 +74,8 @@ def run_cases(configs: list[Config], steps: int) -> list[Trace]:
     return [trace(config, steps) for config in configs]
 
 
-def trace(config: Config, steps: int) -> Trace:
-    """Train for ``steps`` steps; collective."""
+def trace(config: Config, steps: int, perturbation: float = 0.0) -> Trace:
+    """Train for ``steps`` steps, from weights that are wrong by ``perturbation``, relatively; collective."""
     from megatron_dlm.generation.denoiser import Denoiser
     from megatron_dlm.training.held_out import held_out_nelbo
     from megatron_dlm.training.setup import build
@@ -69,6 +83,13 @@ def trace(config: Config, steps: int) -> Trace:
 
     topology = parallel.initialize(config.parallel)
     training = build(config, topology)
+    if perturbation:
+        generator = torch.Generator().manual_seed(0)
+        for parameter in (parameter for chunk in training.chunks for parameter in chunk.parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.mul_(1 + perturbation * noise)
+        for part in training.optimizer.parts:
+            part.reload_model_params()
     result = Trace()
     noised: dict[tuple[int, int], str] = {}
     fed: list[torch.Tensor] = []

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch import Tensor
 
 import dlm_kernels
 from dlm_kernels.types import NoiseDraw
+from megatron_dlm.packages import versions
 from tools.kernel_peers import Loss, Peer, cross_entropy_peers, fp64_gradients, linear_peers, mask_peers
 
 KERNELS = ("mask_tokens", "cross_entropy", "linear_cross_entropy")
@@ -258,16 +258,10 @@ def gradient_errors(bench: Bench) -> None:
 def describe(gpu: bool) -> dict[str, Any]:
     """Where and with what this is measured."""
     packages = ("torch", "triton", "liger-kernel", "quack-kernels", "fla-core", "flash-attn", "cut-cross-entropy")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if gpu else "CPU (torch twins, tiny shapes)"
     date = datetime.now(UTC).strftime("%Y-%m-%d")
-    return {"device": device, "date": date, "commit": commit, "versions": versions}
+    return {"device": device, "date": date, "commit": commit, "versions": versions(packages)}
 
 
 def line(row: dict[str, Any]) -> str:

@@ -56,6 +56,7 @@ def _public(twin: Callable[..., Any], module: str, check: Callable[[Arguments], 
 
     @functools.wraps(twin)
     def function(*args: Any, impl: Implementation = "auto", **kwargs: Any) -> Any:
+        # By name, so that a check sees what was given by position too.
         arguments = signature.bind(*args, **kwargs).arguments
         check(arguments)
         device = next(iter(arguments.values())).device

@@ -71,6 +71,7 @@ def weight_gradient(weight: Tensor, d_weight: Tensor, upstream: Tensor) -> Tenso
         d_weight: [columns, hidden] float32 (float64 for float64 weights), of the real rows.
         upstream: [] of the dtype of `d_weight`, on its device.
     """
+    # Multiplied and rounded in one pass; only the padding rows, which nothing computes, are zeroed.
     gradient = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     columns = d_weight.shape[0]
     torch.mul(d_weight, upstream, out=gradient[:columns])
@@ -91,6 +92,7 @@ def add_to_main_grad(weight: Tensor, d_weight: Tensor, upstream: Tensor) -> Tens
         weight: [vocab_local, hidden], the parameter itself.
         d_weight, upstream: as in `weight_gradient`.
     """
+    # In fp32 and in place: neither a copy nor a rounding to the parameter's precision.
     holder: Any = weight
     holder.main_grad[: d_weight.shape[0]].addcmul_(d_weight, upstream)
     if not hasattr(weight, "grad_added_to_main_grad"):

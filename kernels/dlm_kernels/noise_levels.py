@@ -52,23 +52,28 @@ def draw(
         ValueError: a sample id is not in the global batch of `step`, or the mode is unknown.
     """
     size = global_batch_size
+    # Sample ids count through the run, so their place in the batch needs no layout.
     position: Any = sample_ids - step * size
     _require_inside(position, size, step)
     if mode == "iid":
         return random_bits(seed, Stream.NOISE_LEVEL, position, step, purpose)
     if mode == "stratified":
         stratum = permute(position, size, seed, Stream.STRATUM, step, purpose)
+        # (stratum + jitter) / size in integers: below 2**31 * 2**32, no overflow, and the same on every device.
         return (stratum * (1 << 32) + random_bits(seed, Stream.NOISE_LEVEL, position, step, purpose)) // size
     if mode == "antithetic":
         level = random_bits(seed, Stream.NOISE_LEVEL, position >> 1, step, purpose)
+        # The odd neighbour takes the complement, 1 - u, which is every bit flipped.
         return level ^ ((position & 1) * MASK32)
     if mode != "stratified_antithetic":
         raise ValueError(f"unknown noise level mode {mode!r}")
 
+    # In an odd batch one row is left over, another one every step: the places are rotated by a keyed number.
     if size % 2:
         position = (position + permute(0, size, seed, Stream.STRATUM, step, purpose)) % size
     pairs, pair = size // 2, position >> 1
     stratum = permute(pair % max(pairs, 1), max(pairs, 1), seed, Stream.STRATUM, step, purpose)
+    # That row's stratum is the middle one, whose upper half is its own complement.
     stratum = stratum + (pair == pairs) * (pairs - stratum)
     # stratum * 2**32 + jitter is uniform over [0, B * 2**32) and its complement there is B times the complement of U.
     level = (stratum * (1 << 32) + random_bits(seed, Stream.NOISE_LEVEL, pair, step, purpose)) // size

@@ -75,6 +75,7 @@ def philox4x32(seed: int, c0: Any, c1: Any = 0, c2: Any = 0, c3: Any = 0) -> tup
         _require_int64(counter)
     k0, k1 = seed & MASK32, (seed >> 32) & MASK32
     for _ in range(_ROUNDS):
+        # Both words of two 64-bit products. The multipliers lack 2**32, so the high words lack c0 and c2, added below.
         product_a = c0 * _MULTIPLIER_A
         product_b = c2 * _MULTIPLIER_B
         c0, c1, c2, c3 = (
@@ -136,12 +137,15 @@ def permute(
         raise ValueError(f"permute needs 1 <= n < 2**48, got {n}")
     _require_int64(index)
     c3 = (purpose << 16) | stream
+    # Round keys and turns are words of Philox blocks of their own; n is in the counter, so sizes do not share keys.
     keys: list[int] = []
     for block in range(_PERMUTATION_PASSES * (_PERMUTATION_ROUNDS + 2) // 4):
         keys += philox4x32(seed, block | (n >> 32) << 8, n & MASK32, step, c3)
+    # Fewer than half of the images are outside [0, n), so walking on takes two rounds at most on average.
     bits = (n - 1).bit_length()
     image: Any = index
     for _ in range(_PERMUTATION_PASSES):
+        # 64 bits modulo n below 2**48: the bias is below 2**-16, and the next pass stirs it.
         rotation = (keys.pop() << 32 | keys.pop()) % n
         rounds = [keys.pop() for _ in range(_PERMUTATION_ROUNDS)]
         image = (_walk(image, n, bits, rounds) + rotation) % n
@@ -155,6 +159,7 @@ def _walk(index: Any, n: int, bits: int, keys: list[int]) -> Any:
         while image >= n:
             image = _feistel(image, bits, keys)
         return image
+    # Only the elements that are still outside go on: fewer and fewer.
     outside = image >= n
     while outside.any():
         image[outside] = _feistel(image[outside], bits, keys)
@@ -164,6 +169,8 @@ def _walk(index: Any, n: int, bits: int, keys: list[int]) -> Any:
 
 def _feistel(index: Any, bits: int, keys: list[int]) -> Any:
     """A keyed bijection of [0, 2**bits): the two parts of the index take turns in being changed by the other."""
+    # Two parts that differ by one bit where their number is odd; each round is undone by itself, so this is a
+    # bijection.
     low_bits = (bits + 1) // 2
     low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
     low, high = index & low_mask, index >> low_bits

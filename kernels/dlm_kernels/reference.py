@@ -77,6 +77,7 @@ def mask_tokens(
         levels, weights = _linear_levels(draw, sample_ids, seed, masking, eligible, seq, purpose, device)
     assert levels is not None and weights is not None
 
+    # [batch, seq] keys of 32 bits, whatever the batch: a token's key is its own.
     positions = torch.arange(seq, device=device)
     counters = token_counter(torch.as_tensor(sample_ids, device=device)[:, None], positions)
     if device.type == "cpu":  # the same bits; numpy has a third of torch's cost per operation on small arrays
@@ -84,14 +85,18 @@ def mask_tokens(
     else:
         keys = random_bits(seed, Stream.TOKEN_KEY, counters, 0, purpose)
     if masking == "exact_count":
+        # 54 bits: the position decides between equal keys, so no two are equal.
         keys = (keys << TOKEN_POSITION_BITS) | positions
         if eligible is not None:
+            # Behind all others, so that the k smallest are eligible ones.
             keys = keys.masked_fill(~eligible, torch.iinfo(torch.int64).max)
+        # Everything up to the k-th smallest; where k is 0, nothing.
         limits = keys.sort(dim=1).values.gather(1, (levels - 1).clamp(min=0)[:, None])
         masked = (keys <= limits) & (levels > 0)[:, None]
     else:
         masked = keys < levels[:, None]
     if complement is not None:
+        # The second row of a pair: what the first leaves visible, of what may be masked at all.
         masked ^= complement[:, None]
     if eligible is not None:
         masked &= eligible
@@ -101,10 +106,13 @@ def mask_tokens(
     if capacity is None:
         rows = flat.nonzero().view(-1)
     else:
+        # Without reading the number back: every masked token writes its index at its place in the list.
         place = flat.cumsum(0) - 1
+        # What is not masked, or does not fit, goes to one slot behind the end, which is cut off.
         slots = torch.where(flat & (place < capacity), place, capacity)
         rows = torch.full((capacity + 1,), total, device=device)
         rows = rows.scatter_(0, slots, torch.arange(total, device=device))[:capacity]
+    # Padding rows read the last token, and then are set to 0.
     inside = rows < total
     source = rows.clamp(max=total - 1)
     return MaskedTokens(
@@ -138,6 +146,7 @@ def _linear_levels(
     )
     uniform = torch.as_tensor(drawn, device=device)
     if masking == "exact_count":
+        # L/k and 1/p in fp64, rounded once.
         counts = torch.full_like(uniform, seq) if eligible is None else eligible.sum(1)
         levels = noise_levels.linear_count(uniform, counts)
         return levels, (counts.double() / levels.clamp(min=1)).float()
@@ -160,7 +169,8 @@ def cross_entropy(
 
     Args:
         logits: [rows, vocab_local]; rank r of `group` holds the columns from r * vocab_local on.
-        targets: [rows] int64, ids in [0, vocab_size).
+        targets: [rows] int64, ids in [0, vocab_size). Any other id, as -100 (torch's `ignore_index`), gives its row the
+            weight 0.
         weights: [rows]; a row of weight 0 contributes exactly nothing, even if its logits are not finite.
         vocab_size: columns of the whole vocabulary from this one on are padding: they are left out of the softmax and
             get a gradient of exactly 0. None = no padding.
@@ -202,7 +212,7 @@ def linear_cross_entropy(
         weight: [vocab_local, hidden_size], of the dtype of `hidden`; rank r holds the columns from r * vocab_local on.
         rows: [n] int, which of all the tokens are scored, without repetition; the value `tokens` marks a padding row
             (of weight 0). The same on all ranks of `group`. None = every token, in order.
-        targets: [n] int64.
+        targets: [n] int64; ids out of range are ignored as in `cross_entropy`.
         weights: [n]; a row of weight 0 contributes exactly nothing, even if it is not finite.
         vocab_size, group: as in `cross_entropy`.
         sequence_parallel: gather `hidden` over `group`, and reduce-scatter its gradient.
@@ -238,12 +248,14 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, shard: VocabShard
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulator(logits.dtype)
-        factors = weights.to(dtype)
+        factors = shard.factors(weights, targets, dtype)
         scored = factors != 0
         # A copy without the rows of weight 0, because 0 * NaN is NaN.
+        # [rows, columns] in the accumulating precision; the padding columns are cut off, and so cannot matter.
         values = torch.where(scored[:, None], logits[:, : shard.columns].to(dtype), 0.0)
         merged = merge(exponentials_(values, targets, shard), shard)
         entropy, correct = torch.where(scored, merged.entropy, 0.0), merged.correct & scored
+        # The exponentials, which the gradient overwrites: no second copy of the logits.
         ctx.save_for_backward(values, targets, factors, *merged)
         ctx.shard, ctx.shape, ctx.dtype, ctx.consumed = shard, logits.shape, logits.dtype, False
         ctx.mark_non_differentiable(entropy, correct)
@@ -280,12 +292,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         count = require_equal_lengths(tokens, rows, targets, weights)
         dtype = accumulator(hidden.dtype)
         real_weight = weight[: shard.columns]
+        # A half-precision product rounds its logits; in fp32 it does not.
         logit_weight = real_weight.to(dtype) if fp32_logits else real_weight
-        factors = weights.to(dtype)
+        factors = shard.factors(weights, targets, dtype)
         scored = factors != 0
         rows = torch.arange(tokens, device=hidden.device) if rows is None else rows.long()
         # One row more than there are tokens: padding rows point at it.
         d_hidden = hidden.new_zeros(tokens + 1, hidden.shape[1]) if need[0] else None
+        # Chunks add up in fp32, and are rounded once at the end.
         d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if need[1] else None
         entropy = torch.zeros(count, dtype=dtype, device=hidden.device)
         correct = torch.zeros(count, dtype=torch.bool, device=hidden.device)
@@ -295,6 +309,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             source, target, factor = rows[part], targets[part], factors[part]
             # Rows of weight 0 become 0 here, where that is cheap, because 0 * NaN is NaN.
             chunk = full.index_select(0, source.clamp(max=tokens - 1)).masked_fill_(~scored[part, None], 0.0)
+            # [chunk, columns]; the gradient overwrites it before the next chunk needs the memory.
             values = ((chunk.to(dtype) if fp32_logits else chunk) @ logit_weight.t()).to(dtype)
             merged = merge(exponentials_(values, target, shard), shard)
             entropy[part] = torch.where(scored[part], merged.entropy, 0.0)
@@ -303,6 +318,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_hidden is not None or d_weight is not None:
                 gradient = gradient_(values, target, factor, merged, shard).to(hidden.dtype)
                 if d_hidden is not None:
+                    # Every row once, so copying is enough; padding rows all land on the one behind the last token.
                     d_hidden.index_copy_(0, source, gradient @ real_weight)
                 if d_weight is not None:
                     d_weight[: shard.columns].addmm_(gradient.to(dtype).t(), chunk.to(dtype))

@@ -65,7 +65,8 @@ def cross_entropy(
     Args:
         logits: [rows, vocab_local] bfloat16, float16, float32 or float64; rank r of `group` holds the columns from
             r * vocab_local on.
-        targets: [rows] int64, ids in [0, vocab_size).
+        targets: [rows] int64, ids in [0, vocab_size). Any other id, as -100 (torch's `ignore_index`), gives its row the
+            weight 0.
         weights: [rows]; a row of weight 0 contributes exactly nothing, even if its logits are not finite.
         vocab_size: columns of the whole vocabulary from this one on are padding: they contribute exactly nothing, even
             if they are not finite, and get a gradient of exactly 0. None = no padding.
@@ -93,7 +94,7 @@ def row_statistics(
         logits: [rows, at least shard.columns], adjacent columns. Loads of 16 bytes need rows that begin at multiples of
             16 bytes and a width that is a multiple of 16 columns; `shard.columns` need not be one.
         targets: [rows] int64, ids of the whole vocabulary.
-        factors: [rows] float32 (float64 for float64 logits), the weights.
+        factors: [rows] float32 (float64 for float64 logits), the weights: result of `VocabShard.factors`.
         shard: this rank's columns.
         out: [3, rows] of the dtype of `factors`, adjacent columns; None = a new tensor.
 
@@ -104,6 +105,7 @@ def row_statistics(
     rows = logits.shape[0]
     statistics = factors.new_empty(3, rows) if out is None else out
     if rows:
+        # One program a row: rows are many, and no sum goes across programs.
         statistics_kernel[(rows,)](
             logits,
             targets,
@@ -132,6 +134,7 @@ def merge_rows(statistics: Tensor, factors: Tensor, shard: VocabShard) -> Merged
             dist.all_gather_into_tensor(gathered, statistics, group=shard.group)
             rank = dist.get_rank(shard.group)
         grid = (triton.cdiv(rows, _MERGE_ROWS),)
+        # 256 rows a program, for there are only a few numbers of each.
         outputs = (entropy, correct, scale, missing)
         merge_kernel[grid](gathered, factors, *outputs, rows, rank, WORLD=shard.world, BLOCK=_MERGE_ROWS, num_warps=4)
     return MergedRows(entropy, correct, scale, missing)
@@ -163,6 +166,7 @@ def write_gradient(
     rows, width = logits.shape
     out = logits if out is None else out
     if rows and width:
+        # The logits are read a second time: keeping exponentials would cost as much memory again.
         gradient_kernel[(rows,)](
             logits,
             out,
@@ -204,6 +208,7 @@ def loss_and_gradient(
     entropy = torch.empty_like(factors)
     correct = torch.empty(rows, dtype=torch.bool, device=factors.device)
     if rows:
+        # Short rows stay in registers between the two uses; long ones are read again, if possible from the cache.
         row_bytes = width * logits.element_size()
         # The one tile has a mask, which would split the loads of a row of odd width.
         resident = row_bytes <= RESIDENT_BYTES and width % 16 == 0
@@ -237,6 +242,7 @@ def _tile(width: int, element_size: int, warps: int, whole: bool = False) -> dic
         whole: whether the tile holds the whole row, with more elements per thread if need be.
     """
     columns = _LOAD_BYTES // element_size
+    # A warp at least; as many lanes as the row has loads of 16 bytes.
     lanes = max(triton.next_power_of_2(triton.cdiv(width, columns)), 32)
     per_warp = 32 * _THREAD_ELEMENTS // columns
     if not whole:
@@ -253,8 +259,9 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor, shard: VocabShard
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # The kernels step along adjacent columns; overlapping rows would overwrite each other's gradients.
         values = logits if logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1] else logits.contiguous()
-        factors = weights.to(accumulator(logits.dtype))
+        factors = shard.factors(weights, targets, accumulator(logits.dtype))
         statistics = row_statistics(values, targets, factors, shard)
         merged = merge_rows(statistics, factors, shard)
         ctx.save_for_backward(values, targets, statistics[0], *merged)

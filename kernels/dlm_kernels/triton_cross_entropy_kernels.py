@@ -69,6 +69,7 @@ def _own_target(targets_ptr, row, first, columns):
 def _load_last(row_ptr, lane, columns, width, ACC: tl.constexpr, K: tl.constexpr):
     """The lanes of a tile beyond the whole ones: -inf in the padding, whatever is there."""
     column = lane + _inner(K)
+    # Bounded by the memory's width, which is aligned; the real columns are picked after the load.
     values = tl.load(row_ptr + column, mask=column < width, other=float("-inf")).to(ACC)
     return tl.where(_inner(K) < columns - lane, values, float("-inf"))
 
@@ -76,8 +77,10 @@ def _load_last(row_ptr, lane, columns, width, ACC: tl.constexpr, K: tl.constexpr
 @triton.jit
 def _absorb(values, lane, target, peak, others, K: tl.constexpr):
     """Take a tile into the maximum and the sum of each lane, without the target."""
+    # Compared relative to the lane, so that the columns stay compile-time constants.
     values = tl.where(_inner(K) == target - lane, float("-inf"), values)
     higher = tl.maximum(peak, tl.max(values, 1))
+    # The sum so far moves to the new maximum: one pass, and no exponential overflows.
     others = others * _exp(peak - higher) + tl.sum(_exp(values - higher[:, None]), 1)
     return higher, others
 
@@ -91,6 +94,7 @@ def _row_statistics(
     at_target = tl.load(row_ptr + target, mask=target >= 0, other=float("-inf")).to(ACC)
     peak = tl.full((R,), LOWEST, ACC)  # finite, so that -inf minus the maximum is -inf
     others = tl.zeros((R,), ACC)
+    # Whole tiles need no mask; the rest is at most one tile.
     whole = columns // (R * K) * (R * K)
     for start in range(0, whole, R * K):
         lane = start + _lanes(R, K)
@@ -99,6 +103,7 @@ def _row_statistics(
         lane = start + _lanes(R, K)
         peak, others = _absorb(_load_last(row_ptr, lane, columns, width, ACC, K), lane, target, peak, others, K)
     highest = tl.max(peak, 0)
+    # Lanes meet here, and the target, which is in no lane's sum.
     top = tl.maximum(highest, at_target)
     return top, tl.sum(others * _exp(peak - highest), 0) * _exp(highest - top), at_target
 
@@ -176,6 +181,7 @@ def statistics_kernel(
         tl.store(statistics_ptr + statistics_stride, others)
         tl.store(statistics_ptr + 2 * statistics_stride, tl.where(target >= 0, at_target, 0.0))
     else:
+        # Anything finite: the merge sets such rows to 0.
         tl.store(statistics_ptr, 0.0)
         tl.store(statistics_ptr + statistics_stride, 1.0)
         tl.store(statistics_ptr + 2 * statistics_stride, 0.0)
@@ -204,6 +210,7 @@ def merge_kernel(
     gathered_ptr += row
     own_peak = tl.load(gathered_ptr + rank * 3 * rows, mask=inside, other=0.0)
     peak = own_peak
+    # First the common maximum, then the sums relative to it, always in the order of the ranks.
     for shard in tl.static_range(WORLD):
         peak = tl.maximum(peak, tl.load(gathered_ptr + shard * 3 * rows, mask=inside, other=0.0))
     others = tl.zeros_like(peak)
@@ -215,6 +222,7 @@ def merge_kernel(
         at_target += tl.load(gathered_ptr + (shard * 3 + 2) * rows, mask=inside, other=0.0)
     factor = tl.load(factors_ptr + row, mask=inside, other=0.0)
     scored = factor != 0.0
+    # Padding lanes of the block compute something here that is never stored.
     margin = peak - at_target
     total = others + _exp(-margin)
     scale = _exp(own_peak - peak) * (factor / total)
@@ -247,6 +255,7 @@ def gradient_kernel(
     scale = tl.load(scale_ptr + row)
     missing = tl.load(missing_ptr + row)
     out_ptr += row * out_stride
+    # Rows of weight 0 have 0 for both: they are zeroed without reading a logit, which may be NaN.
     if (scale != 0.0) | (missing != 0.0):
         if upstream_ptr is not None:
             upstream = tl.load(upstream_ptr)
@@ -300,6 +309,7 @@ def fused_kernel(
         target = _own_target(targets_ptr, row, 0, columns)
         if RESIDENT:
             lane = _lanes(R, K)
+            # By itself, before the row is overwritten.
             at_target = tl.load(logits_ptr + target, mask=target >= 0, other=float("-inf")).to(ACC)
             values = _load_last(logits_ptr, lane, columns, width, ACC, K)
             values = tl.where(_inner(K) == target - lane, float("-inf"), values)

@@ -75,7 +75,7 @@ def linear_cross_entropy(
         weight: [vocab_local, hidden_size], of the dtype of `hidden`; rank r holds the columns from r * vocab_local on.
         rows: [n] int, which of all the tokens are scored, without repetition; the value `tokens` marks a padding row
             (of weight 0). The same on all ranks of `group`. None = every token, in order.
-        targets: [n] int64.
+        targets: [n] int64; ids out of range are ignored as in `cross_entropy`.
         weights: [n]; a row of weight 0 contributes exactly nothing, even if it is not finite.
         vocab_size: columns of the whole vocabulary from this one on are padding: their rows of the head are never
             read, and get a gradient of exactly 0. None = no padding.
@@ -152,13 +152,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tokens, hidden_size = full.shape
         count = require_equal_lengths(tokens, rows, targets, weights)
         dtype = accumulator(hidden.dtype)
-        factors = weights.to(dtype)
+        factors = shard.factors(weights, targets, dtype)
         unscored = (factors == 0)[:, None]
         sources = None if rows is None else rows.long()
+        # Without the padding rows: they are never read, and their gradient is zeroed at the end.
         head = weight[: shard.columns]
         chunk_rows = _rows_per_chunk(count, options.chunk_size)
+        # The buffer is a little wider than the vocabulary, for aligned rows; the rest is skipped by the kernels.
         width = -(-shard.columns // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
         logits_dtype = dtype if options.fp32_logits else hidden.dtype
+        # One buffer for all chunks. With fp32 logits the gradient needs another, in the operands' precision.
         logits_buffer = hidden.new_empty(chunk_rows, width, dtype=logits_dtype)
         need_gradient = options.need_hidden or options.need_weight
         gradient_buffer = logits_buffer
@@ -188,6 +191,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 row_statistics(logits, target, factor, shard, out=statistics[:, part])
                 continue
             entropy[part], correct[part] = loss_and_gradient(logits, target, factor, shard, out=gradient)
+            # A view without the buffer's extra columns, as the products want it.
             gradient = gradient[:, : shard.columns]
             if d_hidden is not None:
                 if sources is None:

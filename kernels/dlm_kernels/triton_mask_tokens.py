@@ -69,7 +69,9 @@ def mask_tokens(
     drawing = _drawing(draw, masking, host_ids)
     if total == 0:
         return _nothing(tokens, length)
+    # Consecutive ids, which a training step has, are one number and no copy.
     ids, first_id = _device_ids(sample_ids, host_ids, device)
+    # Where the caller gives no capacity, the kernel leaves the number of rows here, to be read at the end.
     count = torch.empty((), dtype=torch.int32, device=device) if capacity is None else None
     result = MaskedTokens(
         tokens=torch.empty((batch, seq), dtype=torch.int64, device=device),
@@ -114,6 +116,7 @@ def mask_tokens(
         _mask_long_rows(common, noise, drawing, output)
     if count is None:
         return result
+    # The one wait for the device, and only where no capacity was given.
     found = int(count)
     return MaskedTokens(
         result.tokens, result.rows[:found], result.targets[:found], result.weights[:found], result.overflow
@@ -123,6 +126,7 @@ def mask_tokens(
 def _mask_rows(common: dict[str, Any], noise: dict[str, Any], drawing: dict[str, Any], output: dict[str, Any]) -> None:
     """Exact count of rows that fit into one program."""
     batch, seq = output["NOISED"].shape
+    # The whole row in registers: a power of 2, as Triton's ranges are.
     block = max(triton.next_power_of_2(seq), 32)
     warps = _warps(block)
     counts = None
@@ -152,6 +156,7 @@ def _mask_long_rows(
     """Exact count of longer rows: their limits first, and then as for thresholds."""
     batch = output["batch"]
     device = output["NOISED"].device
+    # (key, position) as one integer, so that ties are settled by the limit itself.
     limits = torch.empty(batch, dtype=torch.int64, device=device)
     weights = noise["WEIGHTS"]
     if weights is None:
@@ -175,6 +180,7 @@ def _mask_blocks(
     """Mask the tokens whose (key, position), as one integer, is below the level of their row times 2**shift."""
     batch, seq = output["NOISED"].shape
     device = output["NOISED"].device
+    # A block never reaches into the next row, so each has one sample id and one limit.
     block = min(max(triton.next_power_of_2(seq), 32), BLOCK)
     programs = batch * triton.cdiv(seq, block)
     if noise["LEVELS"] is None:
@@ -183,6 +189,7 @@ def _mask_blocks(
         noise = {**noise, "LEVELS": levels, "WEIGHTS": weights}
     counts = torch.empty(programs, dtype=torch.int32, device=device)
     options = {"COUNTS": counts, "SHIFT": shift, "BLOCK": block, "num_warps": max(block // 256, 1)}
+    # Two launches, because where a block's part of the list begins needs the counts of all before it.
     kernels.count_blocks[(programs,)](**common, **noise, **drawing, **options)
     kernels.apply_blocks[(programs,)](**common, **noise, **output, **options)
 

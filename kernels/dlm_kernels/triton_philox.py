@@ -41,6 +41,7 @@ def philox4x32(seed_low, seed_high, c0, c1, c2, c3):
     tl.static_assert(c0.dtype == tl.uint32 and c1.dtype == tl.uint32)
     tl.static_assert(c2.dtype == tl.uint32 and c3.dtype == tl.uint32)
     for _ in tl.static_range(_ROUNDS):
+        # The high half of a product is an instruction here, so the multipliers are whole.
         a = c0
         b = c2
         c0 = tl.umulhi(b, _MULTIPLIER_B) ^ c1 ^ seed_low
@@ -70,6 +71,7 @@ def token_keys(seed_low, seed_high, sample_id, position, PURPOSE: tl.constexpr):
     A position never carries into the high word of the counter, which therefore is one scalar for all tokens, and the
     compiler drops the part of the first two rounds that does not depend on the position.
     """
+    # The two words of `philox.token_counter`, made from 32-bit pieces.
     low = (sample_id.to(tl.uint32) << _POSITION_BITS) | position.to(tl.uint32)
     high = (sample_id >> (32 - _POSITION_BITS)).to(tl.uint32)
     third = tl.full((), 0, tl.uint32)
@@ -82,6 +84,7 @@ def token_keys(seed_low, seed_high, sample_id, position, PURPOSE: tl.constexpr):
 def bit_length(value):
     """Bits of a non-negative int64 scalar, int32; 0 of 0."""
     lane = tl.arange(0, 32).to(tl.int64)
+    # Each lane looks at two of the 64 bits: as many are reached as the number is long.
     reached = ((value >> lane) > 0).to(tl.int32) + ((value >> (lane + 32)) > 0).to(tl.int32)
     return tl.sum(reached, axis=0)
 
@@ -143,11 +146,13 @@ def _of_lane(word, lane, LANE: tl.constexpr):
 def _walk_and_rotate(index, n, bits, high_turn, low_turn, k0, k1, k2, k3, k4, k5, k6, k7):
     """Apply the Feistel network until every image lies in [0, n); then add the turn modulo n."""
     image = index
+    # At first all of them; later only those that are still out of range.
     outside = index >= 0
     while tl.max(outside.to(tl.int32), axis=0) > 0:
         image = tl.where(outside, _feistel(image, bits, k0, k1, k2, k3, k4, k5, k6, k7), image)
         outside = image >= n
     turn = (high_turn.to(tl.uint64) << 32) | low_turn.to(tl.uint64)
+    # 64 bits of turn, as unsigned: a signed remainder could be negative.
     image += (turn % n.to(tl.uint64)).to(tl.int64)
     return tl.where(image >= n, image - n, image)
 
@@ -196,6 +201,7 @@ def noise_level(
         ODD: whether `size` is odd; the even case then needs no second permutation.
     """
     position = sample_ids - step * size
+    # A lane without a row must stay in range, or its walk would have no end.
     position = tl.where((position >= 0) & (position < size), position, 0)
     if MODE == "iid":
         level = random_bits(seed_low, seed_high, position, step, _NOISE_LEVEL, PURPOSE).to(tl.int64)

@@ -22,6 +22,7 @@ def first_candidates(count, eligible):
 
     Whatever this returns, the search ends at the same threshold.
     """
+    # The expected k-th smallest of n uniform keys, and candidates at its sides: the first pass narrows to a few keys.
     p = (count + 0.5) / (eligible + 1.0)
     gap = 1.5 * tl.sqrt(p * (1.0 - p) / (eligible + 1.0))
     return _scaled(p - 1.5 * gap), _scaled(p - 0.5 * gap), _scaled(p + 0.5 * gap), _scaled(p + 1.5 * gap)
@@ -39,6 +40,7 @@ def is_below(keys, c0, c1, c2, c3):
 
     So one sum, most of whose cost is waiting, answers four questions; there must be fewer than 2**15 keys.
     """
+    # Two counts share an int32 and two of those an int64; no field can carry into the next.
     low = (keys < c0).to(tl.int32) + ((keys < c1).to(tl.int32) << 16)
     high = (keys < c2).to(tl.int32) + ((keys < c3).to(tl.int32) << 16)
     return low.to(tl.int64) + (high.to(tl.int64) << 32)
@@ -58,6 +60,7 @@ def narrow(n0, n1, n2, n3, c0, c1, c2, c3, count, low, top, below):
     The threshold is the largest uint32 with at most `count` keys below it; `below` is the number of keys below `low`.
     The new candidates divide the bracket evenly and are all above `low`, so that every step narrows it.
     """
+    # The highest candidate with at most `count` keys below it is the new lower end ...
     below = tl.where(n0 <= count, n0, below)
     below = tl.where(n1 <= count, n1, below)
     below = tl.where(n2 <= count, n2, below)
@@ -66,10 +69,12 @@ def narrow(n0, n1, n2, n3, c0, c1, c2, c3, count, low, top, below):
     low = tl.where(n1 <= count, c1, low)
     low = tl.where(n2 <= count, c2, low)
     low = tl.where(n3 <= count, c3, low)
+    # ... and the lowest with more is the upper one.
     top = tl.where(n3 > count, c3 - 1, top)
     top = tl.where(n2 > count, c2 - 1, top)
     top = tl.where(n1 > count, c1 - 1, top)
     top = tl.where(n0 > count, c0 - 1, top)
+    # By the high half of a product: a division of uint32 would cost more.
     width = top - low
     fifth: tl.constexpr = (1 << 32) // 5
     c0 = low + 1 + tl.umulhi(width, fifth)

@@ -5,6 +5,7 @@ A listing of a network file system may be stale on one node and fresh on another
 
 from __future__ import annotations
 
+import pickle
 import secrets
 import socket
 import time
@@ -78,5 +79,8 @@ def cause(error: BaseException) -> str:
     """What went wrong, in a line."""
     error = first_failure(error)
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        return error.strerror + (f" ({Path(error.filename).name})" if error.filename else "")
+    # torch advises to load it all the same.
+    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
+        return "a file of it has something else than tensors and plain values"
     return str(error).strip().partition("\n")[0] or type(error).__name__

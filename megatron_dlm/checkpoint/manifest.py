@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_dlm.files import flush
+from megatron_dlm.files import flush, open_regular, read_bytes
 
 NAME = "manifest.json"
 BLOCKS = "blocks.json"
 """File with the digests of the large files' blocks."""
 BLOCK_BYTES = 2**20
+_LARGEST = 2**28  # bytes of a manifest, and of the digests of blocks: those of some terabytes
 
 
 class Damaged(ValueError):
@@ -39,7 +41,7 @@ class FileRecord(NamedTuple):
 
 def record(path: Path) -> FileRecord:
     """Size and digest of a file, which is read once."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
@@ -79,14 +81,30 @@ def write(directory: Path, known: dict[str, FileRecord]) -> None:
 
 
 def read(directory: Path) -> dict[str, FileRecord]:
-    """The records by name. Raises ``ValueError`` with a sentence if there is no manifest, or something else in it."""
+    """The records by name, which are those of files inside ``directory``.
+
+    Raises ``ValueError`` with a sentence if there is no manifest, or something else in it.
+    """
     try:
-        files = json.loads((directory / NAME).read_text(encoding="utf-8"))["files"]
-        return {name: FileRecord(int(item["size"]), str(item["sha256"])) for name, item in files.items()}
+        files = json.loads(read_bytes(directory / NAME, _LARGEST).decode())["files"]
+        records = {name: FileRecord(int(item["size"]), str(item["sha256"])) for name, item in files.items()}
     except FileNotFoundError:
         raise ValueError(f"it has no {NAME}, so it was not completed") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise ValueError(f"its {NAME} is damaged") from None
+    for name in records:
+        require_inside(directory, name)
+    return records
+
+
+def require_inside(directory: Path, name: str) -> None:
+    """Raise ``Damaged`` for the ``name`` of a file that is outside ``directory``: ``..``, absolute, or by a link."""
+    try:
+        inside = name and (directory / name).resolve().is_relative_to(directory.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, links in a circle
+        inside = False
+    if not inside or ".." in Path(name).parts:
+        raise Damaged(f"it names {name!r}, which is not one of its files")
 
 
 def read_blocks(directory: Path) -> dict[str, list[str]]:
@@ -95,13 +113,13 @@ def read_blocks(directory: Path) -> dict[str, list[str]]:
     Raises ``Damaged`` for something else.
     """
     try:
-        content = json.loads((directory / BLOCKS).read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(directory / BLOCKS, _LARGEST).decode())
         if content["block_bytes"] != BLOCK_BYTES:
             raise ValueError(BLOCKS)
         return {str(name): [str(digest) for digest in digests] for name, digests in content["files"].items()}
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise Damaged(f"its {BLOCKS} is damaged") from None
 
 
@@ -125,10 +143,13 @@ def find_fault(directory: Path, names: Iterable[str] | None = None, *, content: 
         if expected is None:
             return f"its {NAME} lacks {name}"
         try:
-            if (size := path.stat().st_size) != expected.size:
-                return f"{name} has {size} bytes instead of {expected.size}"
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                return f"{name} is no regular file"
+            if found.st_size != expected.size:
+                return f"{name} has {found.st_size} bytes instead of {expected.size}"
             if content and record(path).sha256 != expected.sha256:
                 return str(Damaged.of(name))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
     return None

@@ -12,15 +12,12 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_dlm.checkpoint.collective import cause
 from megatron_dlm.checkpoint.manifest import Damaged
-from megatron_dlm.checkpoint.pieces import Piece, pieces
+from megatron_dlm.checkpoint.pieces import MAIN, Piece, pieces
 from megatron_dlm.checkpoint.sharded_state import read_pieces
 from megatron_dlm.checkpoint.tensor_files import TensorReader
 from megatron_dlm.errors import TrainingError
 from megatron_dlm.model.placement import place
 from megatron_dlm.model.transformer import DiffusionTransformer
-
-# Where the optimizer of a run keeps the fp32 values of its parameters, which are bf16 in a bf16 run.
-_MAIN = "optimizer.state.param."
 
 MainWeights = dict[str, dict[str, Tensor]]
 """This rank's parameters in fp32, on the CPU: by ``model{chunk}`` and name."""
@@ -62,7 +59,7 @@ def load_main_weights(chunks: Sequence[DiffusionTransformer], directory: Path) -
     for parameter, name, chunk, blocks in (all_placed := place(chunks)):
         values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
         main[f"model{chunk}"][name] = values
-        prefix = _MAIN if all(_MAIN + block.key in stored for block in blocks) else ""
+        prefix = MAIN if all(MAIN + block.key in stored for block in blocks) else ""
         wanted += pieces(blocks, values.view(-1), start=0, prefix=prefix)
     _read(wanted, directory)
     for placed in all_placed:

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from megatron_dlm.model.placement import Block
 
+MAIN = "optimizer.state.param."
+"""Where the optimizer of a run keeps the fp32 values of its parameters, which are bf16 in a bf16 run."""
+
 
 class Piece(NamedTuple):
     """A rectangle of a whole tensor, in this process's memory."""

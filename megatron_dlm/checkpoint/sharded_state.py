@@ -35,8 +35,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_dlm.checkpoint.manifest import FileRecord
-from megatron_dlm.checkpoint.pieces import Piece
+from megatron_dlm.checkpoint.pieces import MAIN, Piece
 from megatron_dlm.checkpoint.tensor_files import COMMON, TensorReader, TensorWriter
+from megatron_dlm.files import open_regular
 
 
 def write_pieces(pieces: Iterable[Piece], common: dict[str, Any], directory: Path) -> dict[str, FileRecord]:
@@ -54,6 +55,7 @@ def write_pieces(pieces: Iterable[Piece], common: dict[str, Any], directory: Pat
         CheckpointException: a rank could not write; on all ranks.
     """
     writer = TensorWriter(directory, common)
+    # Nothing in the state that torch knows of: the planner has all the pieces.
     dcp.save({}, storage_writer=writer, planner=_PieceWriter(pieces))
     return writer.records
 
@@ -61,7 +63,7 @@ def write_pieces(pieces: Iterable[Piece], common: dict[str, Any], directory: Pat
 def read_pieces(pieces: Iterable[Piece], directory: Path) -> None:
     """Fill this rank's pieces, whatever rectangles the checkpoint has; collective.
 
-    Every rank reads what overlaps its own pieces and no more, and verifies what it reads.
+    Every rank reads what overlaps its own pieces and no more, and verifies what it reads: weights must be finite.
 
     Raises:
         CheckpointException: a rank could not read, or found something else than its pieces; on all ranks.
@@ -72,10 +74,20 @@ def read_pieces(pieces: Iterable[Piece], directory: Path) -> None:
 
 def read_common(directory: Path) -> dict[str, Any]:
     """The plain values. Raises ``OSError`` or ``pickle.UnpicklingError``."""
-    return torch.load(directory / COMMON, map_location="cpu", weights_only=True)
+    with open_regular(directory / COMMON) as file:
+        try:
+            common = torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, pickle.UnpicklingError):
+            raise
+        except Exception as error:  # what is no archive of torch's fails in any way
+            raise pickle.UnpicklingError(f"its {COMMON} is damaged ({type(error).__name__})") from None
+    if not isinstance(common, dict):
+        raise pickle.UnpicklingError(f"its {COMMON} is damaged")
+    return common
 
 
 def _by_place(pieces: Iterable[Piece]) -> dict[MetadataIndex, Piece]:
+    # Key and offset name a piece; no two of one rank begin at the same place.
     return {MetadataIndex(piece.key, torch.Size(piece.offset)): piece for piece in pieces}
 
 
@@ -87,6 +99,7 @@ class _PieceWriter(dcp.DefaultSavePlanner):
     """torch's own planner checks that the pieces of all ranks fill whole tensors and do not overlap."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
+        # There is no dictionary to be flattened: the plan is made from the pieces alone.
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._pieces = _by_place(pieces)
 
@@ -95,6 +108,7 @@ class _PieceWriter(dcp.DefaultSavePlanner):
             [
                 WriteItem(
                     index=index,
+                    # A rectangle of a larger tensor, even where it is the whole.
                     type=WriteItemType.SHARD,
                     tensor_data=TensorWriteData(
                         chunk=_chunk(piece),
@@ -119,6 +133,7 @@ class _PieceReader(dcp.DefaultLoadPlanner):
     def create_local_plan(self) -> LoadPlan:
         by_key: dict[str, list[Piece]] = {}
         for piece in self._pieces.values():
+            # A tensor's pieces together: what overlaps them is looked up once.
             by_key.setdefault(piece.key, []).append(piece)
         return LoadPlan([item for key, pieces in by_key.items() for item in self._items(key, pieces)])
 
@@ -130,12 +145,19 @@ class _PieceReader(dcp.DefaultLoadPlanner):
         if tuple(stored.size) != pieces[0].shape:
             raise ValueError(f"{key} is {list(stored.size)} instead of {list(pieces[0].shape)}")
         items = create_read_items_for_chunk_list(key, stored, [_chunk(piece) for piece in pieces])
+        # Overlaps that add up to less leave a hole, which would keep what was in memory before.
         if sum(math.prod(item.lengths) for item in items) != sum(piece.data.numel() for piece in pieces):
             raise ValueError(f"the parts of {key} are not the whole of it")
         return items
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self._pieces[index].data
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Refuse weights with which nothing can be computed, while they are at hand."""
+        key = read_item.dest_index.fqn
+        if (not key.startswith("optimizer.") or key.startswith(MAIN)) and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{key} has values that are not finite numbers")
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise pickle.UnpicklingError(f"refusing to load {read_item.dest_index.fqn}, which is not a tensor")

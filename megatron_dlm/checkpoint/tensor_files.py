@@ -18,12 +18,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as index
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megatron_dlm.checkpoint.manifest import BLOCK_BYTES, Damaged, FileRecord, read_blocks
+from megatron_dlm.checkpoint.manifest import BLOCK_BYTES, Damaged, FileRecord, read_blocks, require_inside
+from megatron_dlm.files import open_regular
 
 COMMON = "common.pt"
 """File of the plain values."""
@@ -48,6 +49,7 @@ class TensorWriter(dcp.FileSystemWriter):
 
     def __init__(self, directory: Path, common: dict[str, Any]) -> None:
         super().__init__(directory, single_file_per_rank=True, sync_files=True)
+        # torch writes through this attribute: the one place where all bytes come by.
         self.fs = self._hashing = _HashingFileSystem()
         self._common = common
 
@@ -70,6 +72,7 @@ class TensorWriter(dcp.FileSystemWriter):
 
     def finish(self, metadata: index.Metadata, results: Any) -> None:
         """Write the index and the plain values; on rank 0, while the others wait for its result."""
+        # The index is small and hashed with the other small files, when the manifest is written.
         super().finish(metadata, results)
         buffer = io.BytesIO()
         torch.save(self._common, buffer)
@@ -85,12 +88,17 @@ class _HashingFileSystem(FileSystem):
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        # What is read, or written as text, is none of the large files.
         if mode != "wb":
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        with _HashingWriter(path) as stream:
-            yield stream
+        try:
+            with _HashingWriter(path) as stream:
+                yield stream
+        except OSError as error:  # of a write, which does not say where
+            error.filename = error.filename or str(path)
+            raise
         if Path(path).suffix == TENSORS:
             self.records[Path(path).name] = stream.record()
 
@@ -104,19 +112,23 @@ class _HashingWriter(io.BufferedWriter):
         self._blocks: list[str] = []
 
     def write(self, data: Any) -> int:
+        # As bytes, whatever it was: lengths below are counted in them.
         view = memoryview(data).cast("B")
         self._whole.update(view)
         for start in range(0, len(view), BLOCK_BYTES):
             self._hash_blocks(view[start : start + BLOCK_BYTES])
+        # Hashed on the way to the disk: no second pass over what was written.
         return super().write(view)
 
     def record(self) -> FileRecord:
         """What has been written."""
+        # The last block is shorter, unless the file ends with a whole one.
         unfinished = [self._block.hexdigest()] if self._size % BLOCK_BYTES else []
         return FileRecord(self._size, self._whole.hexdigest(), (*self._blocks, *unfinished))
 
     def _hash_blocks(self, view: memoryview) -> None:
         """Add at most one block's length of bytes, which may end one block and begin the next."""
+        # What is left of the block that was begun; the rest of the view begins the next.
         room = BLOCK_BYTES - self._size % BLOCK_BYTES
         self._block.update(view[:room])
         self._size += len(view)
@@ -133,7 +145,7 @@ class _VerifyingFileSystem(FileSystem):
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
-        with super().create_stream(path, mode) as stream:
+        with open_regular(path) as stream:
             name = Path(path).name
             yield _VerifiedFile(stream, name, self._blocks[name]) if name in self._blocks else stream
 
@@ -192,28 +204,64 @@ class TensorReader(dcp.FileSystemReader):
     A checkpoint of an earlier version has digests of whole files only: there the files must be verified before.
 
     Raises ``OSError`` for an index that cannot be read, ``pickle.UnpicklingError`` for one that is something else,
-    ``Damaged`` (from reading, too) for a file that is not what was written.
+    ``Damaged`` (from reading, too) for a file that is not what was written, or not the checkpoint's.
     """
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
+        # As in the writer: torch opens every file through this.
         self.fs = _VerifyingFileSystem(read_blocks(directory))
-        with open(directory / INDEX, "rb") as file:
-            self._index = _IndexUnpickler(file).load()
+        try:
+            with open_regular(directory / INDEX) as file:
+                self._index = _IndexUnpickler(file).load()
+            files = _files(self._index)
+        except (OSError, pickle.UnpicklingError):
+            raise
+        except Exception as error:  # a pickle of something else fails in any way
+            raise pickle.UnpicklingError(f"its {INDEX} is damaged ({type(error).__name__})") from None
+        for name in files:
+            require_inside(directory, name)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> index.Metadata:
+        # Left out at saving, because it would have the folder's path of then; the planners ask for it.
         self._index.storage_meta = index.StorageMeta(load_id=self.load_id)
         return self._index
+
+
+def _files(found: Any) -> set[str]:
+    """The files that an index names. Raises ``ValueError`` where its parts are not what its readers expect."""
+    if type(found) is not index.Metadata:
+        raise ValueError("an index")
+    for key, stored in found.state_dict_metadata.items():
+        if isinstance(stored, index.BytesStorageMetadata):
+            continue
+        sizes = [stored.size, *(part for chunk in stored.chunks for part in (chunk.offsets, chunk.sizes))]
+        whole = all(type(size) is torch.Size and len(size) == len(stored.size) for size in sizes)
+        known = type(key) is str and isinstance(stored.properties.dtype, torch.dtype)
+        counted = all(number >= 0 for size in sizes for number in size)
+        if type(stored) is not index.TensorStorageMetadata or not (whole and known and counted):
+            raise ValueError("tensors")
+    for place, info in found.storage_data.items():
+        if type(place) is not index.MetadataIndex or type(info) is not _StorageInfo:
+            raise ValueError("places")
+        if not all(type(number) is int and number >= 0 for number in (info.offset, info.length)):
+            raise ValueError("numbers")
+        if type(info.relative_path) is not str or getattr(info, "transform_descriptors", None):
+            raise ValueError("files")
+    return {info.relative_path for info in found.storage_data.values()}
 
 
 class _IndexUnpickler(pickle.Unpickler):
     """Knows the classes of the index, dtypes, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        # By exact name. A pickle may ask for any callable, and calling it is all that an attack needs.
         if (module, name) in _INDEX_NAMES:
             return super().find_class(module, name)
+        # dtypes are values, not callables.
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        # Only what is defined in that module itself: it imports others, whose names it has too.
         if module == _INDEX_MODULE and getattr(getattr(index, name, None), "__module__", None) == _INDEX_MODULE:
             return getattr(index, name)
         raise pickle.UnpicklingError(f"refusing to load {module}.{name} from an index of tensors")

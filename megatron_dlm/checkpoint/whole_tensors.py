@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_dlm.checkpoint.collective import cause
 from megatron_dlm.checkpoint.manifest import Damaged, FileRecord
 from megatron_dlm.checkpoint.tensor_files import INDEX, TensorReader, TensorWriter
 from megatron_dlm.errors import ConfigError
@@ -127,17 +128,13 @@ def model_keys(keys: Iterable[str]) -> list[str]:
 
 
 def _contents(index: Metadata) -> tuple[dict[str, TensorInfo], list[str]]:
-    """The model's tensors, and the files they are in. Raises ``ValueError`` for a file that is not the checkpoint's."""
+    """The model's tensors, and the files they are in."""
     tensors = {
         key: TensorInfo(tuple(stored.size), stored.properties.dtype)
         for key in model_keys(index.state_dict_metadata)
         if isinstance(stored := index.state_dict_metadata[key], TensorStorageMetadata)
     }
-    files = sorted({place.relative_path for item, place in index.storage_data.items() if item.fqn in tensors})
-    for name in files:
-        if Path(name).name != name:
-            raise ValueError(f"it names {name}, which is not one of its files")
-    return tensors, files
+    return tensors, sorted({place.relative_path for item, place in index.storage_data.items() if item.fqn in tensors})
 
 
 def _bare(tensor: Tensor, info: TensorInfo) -> Tensor:
@@ -148,5 +145,4 @@ def _bare(tensor: Tensor, info: TensorInfo) -> Tensor:
 
 
 def _unreadable(what: Path | str, error: Exception) -> ConfigError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().partition("\n")[0]
-    return ConfigError(f"cannot read {what}: {reason or type(error).__name__}; restore it or give another checkpoint")
+    return ConfigError(f"cannot read {what}: {cause(error)}; restore it or give another checkpoint")

@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dlm.commands.common import check_at_least, model_shape
-from megatron_dlm.errors import ConfigError
 from megatron_dlm.flops import PublishedConvention
-
-_OBJECTIVES = {"autoregressive": "autoregressive", "diffusion": "masked_diffusion"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,10 +89,10 @@ def _inference(args: argparse.Namespace) -> int:
 
 def _training(args: argparse.Namespace) -> int:
     from megatron_dlm.costs.tables import training_table
-    from megatron_dlm.costs.training import compare_training, read_points
+    from megatron_dlm.costs.training import check_objective, compare_training, read_points
 
-    for name, objective in _OBJECTIVES.items():
-        _check_objective(getattr(args, name), name, objective)
+    check_objective(args.autoregressive, "autoregressive")
+    check_objective(args.diffusion, "masked_diffusion")
     costs = compare_training(read_points(args.autoregressive), read_points(args.diffusion))
     if args.json:
         points = {name: point and point._asdict() for name, point in costs._asdict().items()}
@@ -104,18 +101,3 @@ def _training(args: argparse.Namespace) -> int:
     else:
         print(training_table(costs))
     return 0
-
-
-def _check_objective(run: str, name: str, objective: str) -> None:
-    """Refuse runs in each other's place, where the configuration is still beside the metrics."""
-    from megatron_dlm.config.load import read_yaml
-
-    path = Path(run)
-    file = (path if path.is_dir() else path.parent) / "config.yaml"
-    if not file.is_file():
-        return
-    content = read_yaml(str(file))
-    model = content.get("model") if isinstance(content, dict) else None
-    found = model.get("objective") if isinstance(model, dict) else None
-    if found in _OBJECTIVES.values() and found != objective:
-        raise ConfigError(f"--{name} {run} is a {found} run, as {file} says; give a run of {objective}")

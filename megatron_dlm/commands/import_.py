@@ -76,7 +76,7 @@ def summary(imported: Imported) -> str:
     if imported.new_ids or imported.dropped_rows:
         new, dropped = (
             f"{imported.new_ids:,} new (the mean of the others)",
-            f"{imported.dropped_rows:,} unused left out",
+            f"{imported.dropped_rows:,} that no token has left out (an export has {imported.vocab_size:,} rows)",
         )
         lines.append(f"rows       {new} | {dropped}")
     data = Path("DATA")

@@ -106,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
 
 def summary(prepared: Prepared) -> str:
     """What was written, how fast, and the next command."""
+    from megatron_dlm.data.tokenizer import load_tokenizer
+
     if prepared.already_done:
         lines = [f"{prepared.output} already holds this data; nothing to do"]
     else:
@@ -117,8 +119,12 @@ def summary(prepared: Prepared) -> str:
         )
     if prepared.empty_documents:
         lines.append(f"  left out  {prepared.empty_documents:,} empty documents")
-    vocab_size = prepared.splits["train"].vocab_size
-    lines.append(f"  tokenizer {prepared.tokenizer}, {vocab_size:,} ids")
+    train = prepared.splits["train"]
+    lines.append(
+        f"  tokenizer {prepared.tokenizer}, {train.vocab_size:,} ids, end-of-document is {train.end_of_document_id}"
+    )
+    if note := load_tokenizer(prepared.tokenizer).end_note:
+        lines.append(f"  note      that id is new: {note}; name a special token of it as eos_token to use that one")
     lines.append(f"  files     {', '.join(path.name for path in prepared.files)}")
     command = ["megatron-dlm", "train", "--config", "CONFIG.yaml", "--data.tokenizer", prepared.tokenizer]
     for name in prepared.splits:

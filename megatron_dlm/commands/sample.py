@@ -128,8 +128,12 @@ def _sample(model: TextModel, texts: list[str], options: SamplerOptions, args: a
         if len(prompts) > 1:
             say(f"--- {number} of {len(prompts)}")
         print(printable(model.tokenizer.decode(row), sys.stdout), flush=True)
-    rate = f"{found.written / found.seconds:.1f} tokens/s"
-    say(f"speed    {found.written} tokens in {found.samples.forwards} forwards, {found.seconds:.2f} s: {rate}")
+    if new and (ended := sum(not tokens for tokens in found.samples.continuations)):
+        where = f" in {ended} of {len(prompts)} texts" if len(prompts) > 1 else ""
+        say(f"note     end-of-document came first{where}, so nothing follows; try another prompt, or a --temperature")
+    if found.written:
+        rate = f"{found.written / found.seconds:.1f} tokens/s"
+        say(f"speed    {found.written} tokens in {found.samples.forwards} forwards, {found.seconds:.2f} s: {rate}")
     if found.recorder is not None:
         details = {field.name: str(value) for field in fields(options) if (value := getattr(options, field.name))}
         title = "Infilling" if args.infill else "Sampling"

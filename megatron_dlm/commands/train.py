@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_dlm.config.check import validate
@@ -10,6 +11,7 @@ from megatron_dlm.config.load import parse_config
 from megatron_dlm.config.tree import Config
 from megatron_dlm.launch import place
 from megatron_dlm.launch.launcher import join, launch
+from megatron_dlm.run_folder import RunFolder
 
 
 def run(argv: Sequence[str]) -> int:
@@ -24,6 +26,7 @@ def run(argv: Sequence[str]) -> int:
 def check(config: Config, world_size: int) -> None:
     """Find everything that would keep the run from being trained. Raises ``ConfigError`` or ``DataError``."""
     validate(config, world_size=world_size)  # before the slow imports
+    RunFolder(Path(config.run.directory)).check_writable()
     from megatron_dlm.evaluation.during_training import check_questions
     from megatron_dlm.training.trainer import preflight
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -16,21 +17,37 @@ MAX_EPS = 0.25
 # The ELBO is an integral over all mask probabilities; a schedule may leave out so much of it at its ends.
 MAX_LEFT_OUT = 0.01
 
-_POSITIVE = (
-    "model.num_layers model.hidden_size model.num_attention_heads model.num_query_groups model.head_dim "
-    "model.ffn_hidden_size model.norm_eps model.rope_theta model.init_std model.vocab_size_multiple "
-    "diffusion.eps diffusion.polynomial_exponent diffusion.sigma_min diffusion.sigma_max "
-    "parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size "
-    "parallel.virtual_pipeline_model_parallel_size parallel.data_parallel_size kernels.chunk_rows "
-    "data.sequence_length data.unique_tokens train.steps train.epochs train.micro_batch_size train.global_batch_size "
-    "train.log_interval optimizer.lr evaluate.interval evaluate.sequences evaluate.sample_tokens checkpoint.interval "
-    "checkpoint.keep"
-).split()
-_NOT_NEGATIVE = (
-    "run.seed run.timeout_minutes run.step_timeout_minutes train.max_skipped_steps optimizer.min_lr "
-    "optimizer.warmup_steps optimizer.decay_steps optimizer.weight_decay optimizer.clip_grad"
-).split()
-_AT_MOST_ONE = "diffusion.random_length_probability autoregressive.input_mask_ratio".split()
+_MAX_COUNT = 2**31 - 1
+# A sample id and a position share the random number generator's counter.
+_MAX_SAMPLES = 2**41
+_MAX_PATH, _MAX_NAME = 4095, 255  # bytes, of Linux
+_MAX_PROMPT = 100_000  # characters
+# Smallest and largest value of every number, None excepted.
+_RANGES: dict[str, tuple[float, float]] = {
+    key: bounds
+    for keys, bounds in {
+        "run.seed": (0, 2**64 - 1),
+        "run.timeout_minutes run.step_timeout_minutes": (0, 1e6),
+        "model.num_layers": (1, 10_000),
+        "model.hidden_size model.num_attention_heads model.num_query_groups model.head_dim model.ffn_hidden_size "
+        "model.vocab_size_multiple parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size "
+        "parallel.virtual_pipeline_model_parallel_size parallel.data_parallel_size": (1, 2**20),
+        "data.sequence_length": (1, MAX_SEQUENCE_LENGTH),
+        "data.unique_tokens": (1, 2**62),
+        "kernels.chunk_rows train.steps train.micro_batch_size train.global_batch_size train.log_interval "
+        "evaluate.interval evaluate.sequences evaluate.sample_tokens checkpoint.interval "
+        "checkpoint.keep": (1, _MAX_COUNT),
+        "train.max_skipped_steps optimizer.warmup_steps optimizer.decay_steps": (0, _MAX_COUNT),
+        "train.epochs": (1e-9, 1e9),
+        "model.norm_eps model.init_std optimizer.lr diffusion.eps": (1e-30, 1000.0),
+        "model.rope_theta": (1e-3, 1e15),
+        "diffusion.polynomial_exponent diffusion.sigma_min diffusion.sigma_max": (1e-30, 1e30),
+        "optimizer.min_lr optimizer.weight_decay": (0, 1000.0),
+        "optimizer.clip_grad": (0, 1e30),
+        "diffusion.random_length_probability autoregressive.input_mask_ratio": (0, 1),
+    }.items()
+    for key in keys.split()
+}
 _BELOW_ONE = ("model.attention_dropout model.hidden_dropout diffusion.eps optimizer.beta1 optimizer.beta2").split()
 
 
@@ -40,8 +57,7 @@ def validate(config: Config, *, world_size: int | None = None, vocab_size: int |
     ``world_size`` is the number of processes, ``vocab_size`` the tokenizer's (with [MASK] and end-of-document);
     what depends on one that is None is not checked.
     """
-    _check_ranges(config)
-    _check_model(config)
+    check_values(config)
     _check_layout(config, vocab_size)
     _check_batch(config, data_parallel_size(config, world_size))
     _check_data(config)
@@ -65,6 +81,12 @@ def validate(config: Config, *, world_size: int | None = None, vocab_size: int |
 
 def check_schedule(config: Config, steps: int) -> None:
     """Raise ``ConfigError`` if the learning-rate schedule does not fit in ``steps`` optimizer steps."""
+    require_number("train.steps" if config.train.steps else "the number of steps", steps, 1, _MAX_COUNT)
+    if steps * config.train.global_batch_size >= _MAX_SAMPLES:
+        raise ConfigError(
+            f"{steps} steps of train.global_batch_size {config.train.global_batch_size} are {_MAX_SAMPLES:,} sequences "
+            "or more; lower either"
+        )
     optimizer = config.optimizer
     decay = optimizer.decay_steps if optimizer.schedule == "wsd" else 0
     if optimizer.warmup_steps + decay > steps:
@@ -145,8 +167,8 @@ def _check_tasks(config: Config) -> None:
         if not task.path.strip():
             raise ConfigError(f"evaluate.tasks[{index}].path is empty; give the file of {task.name}, or its folder")
         for key, value in (("limit", task.limit), ("masks", task.masks)):
-            if value is not None and not 1 <= value < 2**31:
-                raise ConfigError(f"evaluate.tasks[{index}].{key} is {value}; it must be at least 1 and below 2**31")
+            if value is not None:
+                require_number(f"evaluate.tasks[{index}].{key}", value, 1, _MAX_COUNT)
         if task.name in (other.name for other in tasks[:index]):
             raise ConfigError(f"evaluate.tasks names {task.name} twice; leave one out")
 
@@ -163,27 +185,66 @@ def _leaves(section: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def check_values(config: Config) -> None:
+    """Raise ``ConfigError`` for a number or a text that no run can have, or a model that cannot be."""
+    _check_ranges(config)
+    _check_texts(config)
+    _check_model(config)
+
+
+def require_number(key: str, value: float, low: float, high: float) -> None:
+    """Raise ``ConfigError`` for the value of ``key`` outside [low, high]; NaN is."""
+    if not low <= value <= high:
+        raise ConfigError(f"{key} is {_short(value)}; it must be from {_short(low)} to {_short(high)}")
+
+
+def _short(value: float) -> str:
+    return "a number of more than 20 digits" if isinstance(value, int) and abs(value) >= 10**20 else str(value)
+
+
 def _check_ranges(config: Config) -> None:
     values = {key: value for key, value in _leaves(config).items() if value is not None}
     for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{key} is {value}; it must be a finite number")
-        if key in _POSITIVE and value <= 0:
-            raise ConfigError(f"{key} is {value}; it must be greater than 0")
-        if key in _NOT_NEGATIVE and value < 0:
-            raise ConfigError(f"{key} is {value}; it must not be negative")
-        if key in _AT_MOST_ONE and not 0 <= value <= 1:
-            raise ConfigError(f"{key} is {value}; it must be between 0 and 1")
+        if key in _RANGES:
+            require_number(key, value, *_RANGES[key])
         if key in _BELOW_ONE and not 0 <= value < 1:
             raise ConfigError(f"{key} is {value}; it must be at least 0 and below 1")
+
+
+def _check_texts(config: Config) -> None:
+    paths = {"run.directory": config.run.directory, "data.tokenizer": config.data.tokenizer}
+    if config.checkpoint.initialize_from is not None:
+        paths["checkpoint.initialize_from"] = config.checkpoint.initialize_from
+    paths |= {f"data.train[{index}].path": source.path for index, source in enumerate(config.data.train)}
+    paths |= {f"data.valid[{index}].path": source.path for index, source in enumerate(config.data.valid)}
+    paths |= {f"evaluate.tasks[{index}].path": task.path for index, task in enumerate(config.evaluate.tasks)}
+    for key, path in paths.items():
+        encoded = _bytes(key, path)
+        if len(encoded) > _MAX_PATH or max(map(len, encoded.split(b"/"))) > _MAX_NAME:
+            raise ConfigError(
+                f"{key} has {len(encoded):,} bytes; a path has at most {_MAX_PATH:,}, and {_MAX_NAME} between slashes"
+            )
+        if any(not character.isprintable() for character in path):
+            raise ConfigError(f"{key} is {path!r}; give a path without control characters")
+    for index, prompt in enumerate(config.evaluate.prompts):
+        _bytes(f"evaluate.prompts[{index}]", prompt)
+        if len(prompt) > _MAX_PROMPT:
+            raise ConfigError(
+                f"evaluate.prompts[{index}] has {len(prompt):,} characters; it must have at most {_MAX_PROMPT:,}"
+            )
     if config.checkpoint.initialize_from is not None and not config.checkpoint.initialize_from.strip():
         raise ConfigError(
             "checkpoint.initialize_from is empty; name a checkpoint or a run directory, or set it to null"
         )
-    if config.run.seed >= 2**64:
-        raise ConfigError(f"run.seed is {config.run.seed}; it must be below 2**64")
     if not config.run.directory.strip():
         raise ConfigError("run.directory is empty; name the directory that the run writes")
+
+
+def _bytes(key: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{key} has a character that UTF-8 has not; leave it out") from None
 
 
 def _divides(divisor: int, divisor_name: str, value: int, value_name: str) -> None:
@@ -268,12 +329,11 @@ def _check_data(config: Config) -> None:
         for index, source in enumerate(sources):
             if not source.path.strip():
                 raise ConfigError(f"{name}[{index}].path is empty; give the prefix that `megatron-dlm prepare` wrote")
-            if not (math.isfinite(source.weight) and source.weight > 0):
-                raise ConfigError(f"{name}[{index}].weight is {source.weight}; it must be a finite number above 0")
+            require_number(f"{name}[{index}].weight", source.weight, 1e-12, 1e12)
+            if os.path.abspath(source.path) in (os.path.abspath(other.path) for other in sources[:index]):
+                raise ConfigError(f"{name} names {source.path} twice; give it once, with a larger weight")
     if not data.tokenizer.strip():
         raise ConfigError("data.tokenizer is empty; give the tokenizer that the data was prepared with (or: byte)")
-    if data.sequence_length > MAX_SEQUENCE_LENGTH:
-        raise ConfigError(f"data.sequence_length is {data.sequence_length}; it must be at most {MAX_SEQUENCE_LENGTH}")
     if data.unique_tokens is not None and data.unique_tokens < data.sequence_length:
         raise ConfigError(
             f"data.unique_tokens ({data.unique_tokens}) is less than one sequence of data.sequence_length "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import types
 import typing
@@ -12,15 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
 from megatron_dlm.config import yaml_flavour
-from megatron_dlm.config.check import validate
+from megatron_dlm.config.check import check_values, validate
 from megatron_dlm.config.tree import Config
 from megatron_dlm.config.yaml_flavour import Integer, Real, load_yaml, plain
 from megatron_dlm.errors import ConfigError
+from megatron_dlm.files import read_bytes
 
 if TYPE_CHECKING:
     import jsonargparse
 
 T = TypeVar("T")
+_LARGEST = 2**19  # bytes of a configuration file
 
 RENAMED = {"evaluate.samples": "prompts", "evaluate.tasks[].samples": "masks"}
 """Keys that had another name once, and the last part of their names now; [] stands for every place of a list."""
@@ -151,9 +154,14 @@ def read_stored(path: Path) -> Config:
         ConfigError: it cannot be read, or has keys that no version of these names had; one line.
     """
     try:
-        return from_dict(_renamed(read_yaml(str(path)), ""))
+        config = from_dict(_renamed(read_yaml(str(path)), ""))
     except ConfigError as error:
         raise ConfigError(f"{path.parent} is of another version of megatron_dlm: {error}") from None
+    try:
+        check_values(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is damaged: {error}; restore it") from None
+    return config
 
 
 def _renamed(value: Any, key: str) -> Any:
@@ -209,7 +217,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if hint is str and isinstance(value, Integer | Real):
         return value.text
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**1000 else math.inf if value > 0 else -math.inf
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         kind = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[hint]
         raise ConfigError(f"{key} must be {kind}, not {_show(value)}")
@@ -224,19 +232,19 @@ def _unknown(key: str, prefix: str, valid: list[str]) -> str:
 
 
 def _closest(key: Any, valid: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(str(key), valid, n=1)
+    matches = difflib.get_close_matches(str(key)[:100], valid, n=1)
     return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    text = repr(value[:40] if isinstance(value, str | list) else value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 
 def read_yaml(path: str) -> Any:
     """The content of a YAML file. Raises ``ConfigError`` naming the file."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_bytes(path, _LARGEST).decode()
     except OSError as error:
         raise ConfigError(f"cannot read the configuration file {path!r}: {error.strerror}; check --config") from None
     except UnicodeDecodeError:

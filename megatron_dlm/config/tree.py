@@ -187,6 +187,9 @@ class DataConfig:
     """Tokens of one sequence."""
     unique_tokens: int | None = None
     """Use only the first so many tokens of the training corpora (tokens); null: all of them."""
+    verify: Literal["auto", "always", "never"] = "auto"
+    """Read whole files at the start to compare their SHA-256 with that of `prepare`; auto: those that have changed or
+    were copied since, going by their time of change."""
 
 
 @dataclass

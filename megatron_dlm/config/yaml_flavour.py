@@ -15,6 +15,7 @@ import yaml
 from megatron_dlm.errors import ConfigError
 
 _MAX_VALUES = 100_000  # of a document with its aliases written out; ours have hundreds
+_MAX_NODES, _MAX_DEPTH = 10_000, 50  # of a document as it is written
 _TAG = "tag:yaml.org,2002:"
 _RESOLVERS = (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
@@ -43,6 +44,29 @@ class Real(float):
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
+    nodes = depth = merged = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As yaml's, but it ends with an error before a document takes seconds."""
+        self.nodes += 1
+        if self.nodes > _MAX_NODES:
+            problem = f"it has more than {_MAX_NODES:,} values"
+            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
+        if self.depth > _MAX_DEPTH:
+            raise RecursionError
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """As yaml's, but of equal keys that are merged one remains: copies of copies would be endlessly many."""
+        super().flatten_mapping(node)
+        self.merged += len(node.value)
+        if self.merged > _MAX_VALUES:
+            problem = f"it merges more than {_MAX_VALUES:,} values"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        node.value = list({key.value: (key, value) for key, value in node.value if _is_word(key)}.values())
 
 
 class _Dumper(yaml.SafeDumper):
@@ -68,13 +92,18 @@ def _number(kind: type[Integer] | type[Real]) -> Any:
     return construct
 
 
+def _is_word(key: yaml.Node) -> bool:
+    """Raises yaml's error for a key that is something else."""
+    if not isinstance(key, yaml.ScalarNode):
+        raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+    return True
+
+
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> Any:
     """YAML lets the last of equal keys win, silently."""
     seen = set()
     for key_node, _ in node.value:
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
-        if key_node.value in seen:
+        if _is_word(key_node) and key_node.value in seen:
             problem = f"the key {key_node.value!r} stands twice"
             raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
         seen.add(key_node.value)
@@ -82,6 +111,12 @@ def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> Any:
     return {str(key.value): loader.construct_object(value, deep=True) for key, value in node.value}
 
 
+# Of the tags that a document can give itself, the plain ones.
+_Loader.yaml_constructors = {
+    tag: construct
+    for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+    if tag in (None, *(_TAG + name for name in ("null", "bool", "str", "seq")))
+}
 _Loader.add_constructor(_TAG + "int", _number(Integer))
 _Loader.add_constructor(_TAG + "float", _number(Real))
 _Loader.add_constructor(_TAG + "map", _mapping_without_duplicates)
@@ -101,7 +136,7 @@ def load_yaml(text: str, name: str) -> Any:
         raise ConfigError(f"{where} is not valid YAML: {problem}; correct it") from None
     except RecursionError:
         raise ConfigError(f"{name} is nested too deeply; write fewer brackets") from None
-    except ValueError as error:  # a number of thousands of digits
+    except (ValueError, KeyError) as error:  # a number of thousands of digits; a word that is tagged as something else
         raise ConfigError(f"{name} has a value that cannot be read: {error}; correct it") from None
     if _size(content, {}) > _MAX_VALUES:
         raise ConfigError(f"{name} stands for more than {_MAX_VALUES:,} values; write fewer aliases")

@@ -50,9 +50,11 @@ def sampler_flops(
     Raises:
         ValueError: fewer steps than blocks.
     """
+    # The sampler's own plan, so that costs and sampling cannot disagree; cut where a row has ended early.
     plans = [plan(row.masks, steps, block_length)[: row.finished_after] for row in rows]
     total = 0
     for number in range(max(map(len, plans), default=0)):
+        # Rows that still have a step of this number, with what they ask for in it.
         active = [
             (row.tokens, planned[number].asked)
             for row, planned in zip(rows, plans, strict=True)
@@ -60,6 +62,7 @@ def sampler_flops(
         ]
         lengths, asked = zip(*active, strict=True)
         total += forward_flops(model, vocab_size, lengths, head_rows=sum(asked))
+    # Guidance reads every row twice, once without its prompt.
     return total * (2 if guidance else 1)
 
 

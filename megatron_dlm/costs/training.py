@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from megatron_dlm.errors import DataError
-from megatron_dlm.run_folder import RunFolder
+from megatron_dlm.config.kinds import KINDS
+from megatron_dlm.config.load import read_yaml
+from megatron_dlm.errors import ConfigError, DataError
+from megatron_dlm.run_folder import RunFolder, number
 
 
 class Point(NamedTuple):
@@ -60,6 +62,21 @@ def compare_training(autoregressive: Sequence[Point], diffusion: Sequence[Point]
     )
 
 
+def check_objective(path: str | Path, objective: str) -> None:
+    """Refuse a run of another objective, where its configuration is still beside the metrics.
+
+    Raises ``ConfigError``, and ``DataError`` as ``read_points``.
+    """
+    file = RunFolder.at(path).config
+    if not file.is_file():
+        return
+    content = read_yaml(str(file))
+    model = content.get("model") if isinstance(content, dict) else None
+    found = model.get("objective") if isinstance(model, dict) else None
+    if found in list(KINDS) and found != objective:
+        raise ConfigError(f"{path} is a {found} run, as {file} says; give a run of {objective}")
+
+
 def read_points(path: str | Path) -> list[Point]:
     """The evaluations of a run with a finite loss, by step.
 
@@ -71,17 +88,14 @@ def read_points(path: str | Path) -> list[Point]:
             one line.
     """
     folder = RunFolder.at(path)
-    steps, evaluations = folder.records()
+    records = folder.records()
+    steps, evaluations = records.steps, records.curve
     if not evaluations:
         raise DataError(f"{folder.metrics} has no held-out evaluation: train with data.valid")
-    flops = {r["step"]: r["training_flops"] for r in steps if _is_finite(r.get("training_flops"))}
-    losses = {r["step"]: r["valid_nelbo"] for r in evaluations if _is_finite(r["valid_nelbo"])}
+    flops = {r["step"]: r["training_flops"] for r in steps if math.isfinite(number(r.get("training_flops")))}
+    losses = {r["step"]: r["valid_nelbo"] for r in evaluations if math.isfinite(number(r["valid_nelbo"]))}
     points = [Point(step, losses[step], flops[step]) for step in sorted(losses) if flops.get(step, 0) > 0]
     if not points:
         missing = "training_flops of the step of any evaluation" if losses else "finite valid_nelbo"
         raise DataError(f"{folder.metrics} has no {missing}: train again with this version")
     return points
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -5,7 +5,6 @@ What is finished is not trained again; what was stopped or killed goes on from i
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from megatron_dlm.crossover import end_with_parent
 from megatron_dlm.crossover.curves import Arm
 from megatron_dlm.crossover.grid import Crossover, check_recorded, first_difference, folder_of
 from megatron_dlm.errors import ConfigError, DataError
-from megatron_dlm.files import write_text
+from megatron_dlm.files import json_text, read_json_object, write_text
 from megatron_dlm.formatting import format_duration
 from megatron_dlm.launch.launcher import count_workers
 from megatron_dlm.launch.run_lock import directory_in_use
@@ -100,7 +99,7 @@ def write_arms(crossover: Crossover, facts: dict[Arm, dict[str, Any]]) -> None:
         directory = Path(config.run.directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            write_text(directory / "arm.json", json.dumps(facts[arm], indent=2) + "\n")
+            write_text(directory / "arm.json", json_text(facts[arm]))
             write_text(directory / "train.yaml", dump_yaml(config))
         except OSError as error:
             raise ConfigError(
@@ -133,11 +132,8 @@ def _preflight(arm: Arm, config: Config) -> dict[str, Any]:
         "tokenizer": tokenizer.fingerprint,
     }
     directory = Path(config.run.directory)
-    if (directory / "config.yaml").exists():
-        try:
-            recorded = json.loads((directory / "arm.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise ConfigError(f"{directory / 'arm.json'} cannot be read; restore it, or remove that folder") from None
+    if folder_of(config).config.exists():
+        recorded = read_json_object(directory / "arm.json", "restore it, or remove that folder")
         if difference := first_difference(recorded, facts):
             raise ConfigError(
                 f"{directory} was trained with other data.{difference[0]} than there are now; restore them, choose "
@@ -237,8 +233,7 @@ def _reason(folder: RunFolder, code: int) -> str:
 
 def _last_figures(folder: RunFolder) -> str:
     """Epoch, held-out loss and remaining time of the last records of a run; empty where there are none."""
-    steps, evaluations = folder.last_records()
-    step, evaluation = (records[-1] if records else {} for records in (steps, evaluations))
+    step, evaluation = (records[-1] if records else {} for records in folder.last_records())
     epoch, eta, loss = step.get("epoch"), step.get("eta_seconds"), evaluation.get("valid_nelbo")
     figures = [
         "" if epoch is None else f" | epoch {epoch:.1f}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,7 +87,7 @@ def _report(crossover: Crossover) -> int:
     from megatron_dlm.crossover.cells import analyse
     from megatron_dlm.crossover.grid import finished_runs, folder_of
     from megatron_dlm.crossover.report import as_json, markdown
-    from megatron_dlm.files import write_text
+    from megatron_dlm.files import json_text, write_text
 
     cells = analyse(finished_runs(crossover))
     if not cells:
@@ -97,7 +96,7 @@ def _report(crossover: Crossover) -> int:
     text, outputs = markdown(cells, unfinished), [crossover.directory / f"crossover.{kind}" for kind in ("md", "json")]
     try:
         write_text(outputs[0], text)
-        write_text(outputs[1], json.dumps(as_json(cells, unfinished), indent=1, allow_nan=False) + "\n")
+        write_text(outputs[1], json_text(as_json(cells, unfinished)))
         if find_spec("matplotlib"):
             from megatron_dlm.crossover.figure import draw
 

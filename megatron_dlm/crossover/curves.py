@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_dlm.config.kinds import KINDS
 from megatron_dlm.errors import DataError
-from megatron_dlm.run_folder import RunFolder
+from megatron_dlm.run_folder import RunFolder, number
 
 _NORMAL_95 = 1.96
 _TASK = "task/"
@@ -131,13 +131,14 @@ def read_run(arm: Arm, folder: RunFolder) -> Run:
 
     Raises ``DataError``, one line, where they cannot be read or have no evaluation with a finite loss.
     """
-    records = folder.records()
+    again = f"remove {folder.path} to train this arm again"
+    records = folder.records(f"restore it, or {again}")
     # Evaluations know their step only; its record has the epoch and the FLOPs.
-    steps = {r["step"]: (_number(r.get("epoch")), _number(r.get("training_flops"))) for r in records.steps}
-    evaluations = [r for r in records.evaluations if r["step"] in steps and math.isfinite(steps[r["step"]][0])]
+    steps = {r["step"]: (number(r.get("epoch")), number(r.get("training_flops"))) for r in records.steps}
+    evaluations = [r for r in records.curve if r["step"] in steps and math.isfinite(steps[r["step"]][0])]
     loss = _curve(evaluations, steps, "valid_nelbo", "valid_nelbo_ci95", 1.0)
     if not len(loss.epochs):
-        raise DataError(f"{folder.metrics} has no evaluation; remove {folder.path} to train this arm again")
+        raise DataError(f"{folder.metrics} has no evaluation; {again}")
     names = sorted({key for record in evaluations for key in record if key.startswith(_TASK)})
     tasks = {
         name.removeprefix(_TASK): _curve(evaluations, steps, name, f"{name}_stderr", _NORMAL_95)
@@ -153,20 +154,16 @@ def _curve(
     """The evaluations that have a finite number at ``key``, in the order of their epochs."""
     rows = {}
     for record in evaluations:
-        if math.isfinite(value := _number(record.get(key))):
-            half_width = scale * _number(record.get(error))
+        if math.isfinite(value := number(record.get(key))):
+            half_width = scale * number(record.get(error))
             epoch, flops = steps[record["step"]]
             rows[epoch] = (epoch, value, half_width if math.isfinite(half_width) else math.inf, flops)
     table = np.array([rows[epoch] for epoch in sorted(rows)], dtype=float).reshape(-1, 4)
     return Curve(*table.T)
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
-
 def _unigram(evaluations: list[dict[str, Any]]) -> float | None:
-    value = _number(evaluations[-1].get("valid_unigram"))
+    value = number(evaluations[-1].get("valid_unigram"))
     return value if math.isfinite(value) else None
 
 

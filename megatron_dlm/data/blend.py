@@ -42,8 +42,10 @@ class Blend:
         self.shares = self.counts / self.block_size
         self._seed = seed
         self._purpose = purpose
+        # Where each source's stretch of the unshuffled block ends.
         self._ends = np.cumsum(self.counts)
         if purpose == Purpose.VALIDATION:
+            # The same shuffled order in every block; within a source the places are then numbered from the left.
             slots = self._permute(np.arange(self.block_size, dtype=np.int64), block=0)
             self._source_at = np.searchsorted(self._ends, slots, side="right")
             # Within a source, in file order: its places in the block are numbered from left to right.
@@ -53,6 +55,7 @@ class Blend:
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source of each sample and its index among that source's samples of the whole run, both [n] int64."""
+        # One source: sample ids are its own indices.
         if len(self.counts) == 1:
             return np.zeros_like(sample_ids), sample_ids
         # A block is `counts` samples laid out source by source, then shuffled: slot -> place in that layout.
@@ -96,12 +99,14 @@ def blend_counts(weights: Sequence[float]) -> np.ndarray:
     if len(weights) == 1:
         return np.ones(1, dtype=np.int64)
     shares = np.array(weights, dtype=np.float64) / math.fsum(weights)
+    # Small blocks first: every prefix of the samples then has the wanted shares to within a block.
     sizes = [*range(_SMALLEST_BLOCK, _LARGEST_EXHAUSTIVE_BLOCK + 1)]
     while sizes[-1] < _LARGEST_BLOCK:
         sizes.append(2 * sizes[-1])
     best, best_error = np.zeros(len(weights), dtype=np.int64), math.inf
     for size in sizes:
         counts = _largest_remainder(shares, size)
+        # Relative to each share: a rare source must be as exact as a common one.
         error = float(np.max(np.abs(counts / size / shares - 1)))
         if counts.min() > 0 and error < best_error:
             best, best_error = counts, error
@@ -115,6 +120,7 @@ def blend_counts(weights: Sequence[float]) -> np.ndarray:
 def _largest_remainder(shares: np.ndarray, size: int) -> np.ndarray:
     """Whole numbers that sum to `size`, in proportion to `shares`; equal remainders favour the earlier source."""
     counts = np.floor(shares * size).astype(np.int64)
+    # The largest remainders are rounded up, as many as are missing.
     order = np.argsort(-(shares * size - counts), kind="stable")
     counts[order[: size - int(counts.sum())]] += 1
     return counts

@@ -52,6 +52,8 @@ class Dataset:
     Attributes:
         source_tokens: tokens in each source's file.
         fingerprints: one of each source's content.
+        digests: SHA-256 of each source's tokens, as it was prepared; None where that is not on record.
+        files: the sources.
         num_tokens: tokens in all of them.
         unique_tokens: tokens used.
         samples_per_epoch: training: sequences of one pass over every source. Validation: sequences in the set, the
@@ -79,18 +81,21 @@ class Dataset:
         self.sequence_length = sequence_length
         self.purpose = purpose
         self.vocab_size = vocab_size
-        self._files = [TokenFile(source.path) for source in sources]
-        for file in self._files:
+        self.files = [TokenFile(source.path) for source in sources]
+        for i, file in enumerate(self.files):
             _check_vocabulary(file, vocab_size, tokenizer_fingerprint)
+            if file.identity in (other.identity for other in self.files[:i]):
+                raise DataError(f"{file.prefix} is given twice: name it once, with the sum of the weights")
         self.blend = Blend([source.weight for source in sources], seed=seed, purpose=purpose)
         self._lengths = [self._used_length(i, unique_tokens) for i in range(len(sources))]
         self._sequences = np.array([length // sequence_length for length in self._lengths], dtype=np.int64)
         self._seeds = [_source_seed(seed, i) for i in range(len(sources))]
-        self.source_tokens = [len(file.tokens) for file in self._files]
-        self.fingerprints = [file.fingerprint() for file in self._files]
+        self.source_tokens = [file.metadata.tokens for file in self.files]
+        self.fingerprints = [file.fingerprint() for file in self.files]
+        self.digests = [file.metadata.bin_sha256 for file in self.files]
         self.num_tokens = sum(self.source_tokens)
         self.unique_tokens = sum(self._lengths)
-        self.bytes_per_token = float(self.blend.shares @ [file.metadata.bytes_per_token for file in self._files])
+        self.bytes_per_token = float(self.blend.shares @ [file.metadata.bytes_per_token for file in self.files])
         if purpose == Purpose.TRAIN:
             self.samples_per_epoch = int(self._sequences.sum())
         else:
@@ -113,7 +118,7 @@ class Dataset:
             start = (offsets[source, epoch] + sequence * self.sequence_length) % self._lengths[source]
             tokens[row] = self._read(source, start)
             if self.vocab_size is not None:
-                _require_ids_below(self._files[source], start, tokens[row], self.vocab_size)
+                _require_ids_below(self.files[source], start, tokens[row], self.vocab_size)
         return tokens
 
     def locate(self, sample_id: int) -> Location:
@@ -134,11 +139,11 @@ class Dataset:
         Raises:
             DataError: an id in the file is outside the vocabulary.
         """
-        limit = max(1, max_tokens // len(self._files))
-        parts = [file.tokens[: min(n, limit)] for file, n in zip(self._files, self._lengths, strict=True)]
+        limit = max(1, max_tokens // len(self.files))
+        parts = [file.read(0, min(n, limit)) for file, n in zip(self.files, self._lengths, strict=True)]
         total = sum(len(part) for part in parts)
         counts = np.zeros(vocab_size)
-        for file, part, share in zip(self._files, parts, self.blend.shares, strict=True):
+        for file, part, share in zip(self.files, parts, self.blend.shares, strict=True):
             _require_ids_below(file, 0, part, vocab_size)
             counts += np.bincount(part, minlength=vocab_size) * (share * total / len(part))
         return np.rint(counts).astype(np.int64)
@@ -169,17 +174,17 @@ class Dataset:
 
     def _read(self, source: int, start: int) -> np.ndarray:
         """`sequence_length` tokens of the ring of the source's used tokens, from `start` on."""
-        length, tokens = self._lengths[source], self._files[source].tokens
+        length, file = self._lengths[source], self.files[source]
         end = start + self.sequence_length
         if end <= length:
-            return tokens[start:end]
+            return file.read(start, end)
         # Past the last used token the ring goes on with the first. Once round at most: a source has a whole sequence.
-        return np.concatenate([tokens[start:length], tokens[: end - length]])
+        return np.concatenate([file.read(start, length), file.read(0, end - length)])
 
     def _used_length(self, source: int, unique_tokens: int | None) -> int:
         """Tokens used of a source: all, or its share of `unique_tokens`."""
-        file = self._files[source]
-        available = length = len(file.tokens)
+        file = self.files[source]
+        available = length = file.metadata.tokens
         cause = ""
         if unique_tokens is not None:
             block_size, count = self.blend.block_size, int(self.blend.counts[source])
@@ -222,6 +227,6 @@ def _require_ids_below(file: TokenFile, start: int, tokens: np.ndarray, vocab_si
     if int(tokens.max()) >= vocab_size or int(tokens.min()) < 0:
         at = int(np.argmax((tokens >= vocab_size) | (tokens < 0)))
         raise DataError(
-            f"{file.prefix}.bin has the id {int(tokens[at])} at token {(start + at) % len(file.tokens)}, outside the "
-            f"vocabulary of {vocab_size}: the file is damaged or of another tokenizer; prepare the data again"
+            f"{file.prefix}.bin has the id {int(tokens[at])} at token {(start + at) % file.metadata.tokens}, outside "
+            f"the vocabulary of {vocab_size}: the file is damaged or of another tokenizer; prepare the data again"
         )

@@ -7,7 +7,6 @@ what `Tokenizer.save` wrote. Control tokens that a tokenizer lacks are added aft
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dlm.errors import DataError
+from megatron_dlm.files import read_json_object
 from megatron_dlm.packages import optional_module
 from megatron_dlm.shipped.sampler_plan import Vocabulary
 
@@ -22,6 +22,8 @@ MASK_PIECE = "<|mask|>"
 END_OF_DOCUMENT_PIECE = "<|end_of_document|>"
 _MASK_NAMES = (MASK_PIECE, "<|mdm_mask|>", "[MASK]", "<mask>")
 _END_NAMES = (END_OF_DOCUMENT_PIECE, "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+
+_MOST_IDS = 2**24
 
 # What SentencePiece writes for a space, so it cannot tell the two apart in its output.
 _SPACE_MARK = "\u2581"
@@ -37,6 +39,7 @@ class Tokenizer(ABC):
         fingerprint: sha256 (hex) of all that decides the ids, to tell data of one tokenizer from that of another.
         source: "byte", or the file it was read from, for messages.
         content: bytes of that file.
+        end_note: why end-of-document is none of the file's own tokens; empty where it is one.
     """
 
     vocab_size: int
@@ -45,6 +48,7 @@ class Tokenizer(ABC):
     fingerprint: str
     source: str
     content: bytes
+    end_note: str = ""
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -113,11 +117,12 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.content)
             self._size = self._model.get_piece_size()
-        except RuntimeError as error:
+            self._model.id_to_piece(list(range(self._size)))  # or one that is not UTF-8 is an error later
+            end_id = self._control_id(_END_NAMES)
+            self._set_control_ids(self._size, self._control_id(_MASK_NAMES), end_id)
+            self._space_mark_ids = self._find_space_mark_ids()
+        except (RuntimeError, ValueError, IndexError) as error:
             raise DataError(f"{path} is not a SentencePiece model: give its trainer's *.model file") from error
-        end_id = self._control_id(_END_NAMES)
-        self._set_control_ids(self._size, self._control_id(_MASK_NAMES), end_id)
-        self._space_mark_ids = self._find_space_mark_ids()
 
     def encode(self, text: str) -> list[int]:
         if self._space_mark_ids is None or _SPACE_MARK not in text:
@@ -170,22 +175,37 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizers = optional_module("tokenizers", f"the tokenizer {path}")
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         self.source, self.content = str(file), _read(file)
+        remedy = "write it with AutoTokenizer's save_pretrained"
+        self._config_file = file.with_name("tokenizer_config.json")
+        config = read_json_object(self._config_file, remedy, DataError) if self._config_file.exists() else {}
         try:
             self._model = tokenizers.Tokenizer.from_str(self.content.decode())
+            self._model.no_truncation()
+            self._model.no_padding()
+            self._model.encode_special_tokens = True
+            vocabulary = self._model.get_vocab(with_added_tokens=True)
+            self._size = max(vocabulary.values()) + 1
+            mask_id = self._control_id((config.get("mask_token"), *_MASK_NAMES))
+            end_id = self._control_id((config.get("eos_token"), *_END_NAMES))
         except Exception as error:  # the library raises bare Exception
-            raise DataError(f"{file} is no tokenizer.json: write one with AutoTokenizer's save_pretrained") from error
-        self._model.no_truncation()
-        self._model.no_padding()
-        self._model.encode_special_tokens = True
-        self._config_file = file.with_name("tokenizer_config.json")
-        config = json.loads(_read(self._config_file)) if self._config_file.exists() else {}
-        self._size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
-        mask_id = self._control_id((config.get("mask_token"), *_MASK_NAMES))
-        end_id = self._control_id((config.get("eos_token"), *_END_NAMES))
+            raise DataError(f"{file} is no tokenizer.json: {remedy}") from error
+        if self._size > _MOST_IDS:
+            raise DataError(f"{file} has the id {self._size - 1}, more than any model has rows: {remedy}")
         self._set_control_ids(self._size, mask_id, end_id)
+        if end_id is None:
+            known = next((name for name in (_name(config.get("eos_token")), *_END_NAMES) if name in vocabulary), None)
+            self.end_note = (
+                f"text can spell its {known}" if known else f"no eos_token of {self._config_file.name} is in it"
+            )
 
     def encode(self, text: str) -> list[int]:
-        ids = self._model.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._model.encode(text, add_special_tokens=False).ids
+        except UnicodeEncodeError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"{self.source} cannot encode a text ({reason}): give a tokenizer that can") from None
         if self.mask_token_id in ids or self.end_of_document_id in ids:
             folder = self._config_file.parent
             raise DataError(f"a text has a control token of {folder} in it: make that token no word of its vocabulary")
@@ -207,8 +227,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _control_id(self, candidates: Sequence[Any]) -> int | None:
         """Id of the first candidate that is a special token and that its own spelling in a text does not produce."""
         special = {token.content: i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
-        for candidate in candidates:
-            name = candidate.get("content") if isinstance(candidate, dict) else candidate
+        for name in map(_name, candidates):
             i = special.get(name)
             texts = (f"{name}", f"a {name} b", f"a{name}b")
             if i is not None and all(i not in self._model.encode(t, add_special_tokens=False).ids for t in texts):
@@ -226,6 +245,8 @@ def load_tokenizer(spec: str) -> Tokenizer:
     Raises:
         DataError: no such tokenizer, or its file cannot be read.
     """
+    if not spec.strip():
+        raise DataError("the name of the tokenizer is empty: give byte, or the path of its file")
     path = Path(spec)
     if spec == "byte" or (path / "tokenizer.byte").is_file():
         return ByteTokenizer()
@@ -240,8 +261,16 @@ def load_tokenizer(spec: str) -> Tokenizer:
     raise DataError(f"{spec!r} {reason}: give {kinds}")
 
 
+def _name(candidate: Any) -> str:
+    """Of a token in tokenizer_config.json, which may be an object; empty for something else."""
+    name = candidate.get("content") if isinstance(candidate, dict) else candidate
+    return name if isinstance(name, str) else ""
+
+
 def _read(path: Path) -> bytes:
     try:
+        if path.is_fifo() or path.is_char_device():
+            raise DataError(f"the tokenizer {path} is a pipe or a device: give a file")
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; check the path") from error

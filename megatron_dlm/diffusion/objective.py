@@ -113,7 +113,9 @@ class MaskedDiffusion:
         if threshold == 0 or purpose is Purpose.VALIDATION:
             return None
         sequences = self._sequences(sample_ids, purpose)
+        # One counter gives four words: whether a row is shortened, and to which length.
         choice, size, _, _ = random_words(self.seed, Stream.RANDOM_LENGTH, sequences, 0, purpose)
+        # Scaled by a product and a shift, in integers: the same on numpy, torch and a GPU.
         shortened = ((size * self.sequence_length) >> 32) + 1
         lengths = np.where(choice < threshold, shortened, self.sequence_length)
         return None if (lengths == self.sequence_length).all() else torch.from_numpy(lengths)
@@ -142,6 +144,7 @@ class MaskedDiffusion:
         batch, seq = tokens.shape
         device = tokens.device
         lengths = self.lengths(sample_ids, purpose)
+        # Every sequence counts its own tokens; what fills it up is neither masked nor scored.
         counts = np.full(batch, seq) if lengths is None else lengths.numpy()
         eligible = None
         if lengths is not None:
@@ -161,13 +164,16 @@ class MaskedDiffusion:
             impl=self.implementation,
             **self._noise(sample_ids, counts, noise_step, global_batch_size, purpose, device),
         )
-        # Only the weighting of training may be another; the masks and the ELBO's weights are drawn in any case.
+        # The list of masked positions is [n]: that of the whole micro-batch, row after row, and maybe some padding.
         rows = masked.rows.long()
         num_eligible = int(counts.sum())
+        # Only the weighting of training may be another; the masks and the ELBO's weights are drawn in any case.
         weighting = self.config.weighting if purpose is Purpose.TRAIN else "elbo"
+        # The NELBO is per token that could be masked, not per token that was: the weights L/k make up for it.
         weights, divisor = masked.weights, torch.full((), num_eligible, device=device)
         if weighting == "none":
             scored = rows < batch * seq
+            # The plain mean over the masked tokens. Their number is on the device, and stays there.
             weights, divisor = scored.float(), scored.sum()
         elif weighting == "cart":
             weights = _cart(rows, batch, seq, eligible)
@@ -210,6 +216,7 @@ class MaskedDiffusion:
         config, paired = self.config, self._complementary(purpose)
         noise = NoiseDraw(config.noise_levels, step, global_batch_size, config.eps)
         drawn_there = config.schedule == "linear" and not paired
+        # There the list may be read back at no cost, so that no capacity has to be known.
         if drawn_there and device.type == "cpu":
             return {"draw": noise}
         draw = noise_levels.draw_pairs if paired else noise_levels.draw
@@ -230,6 +237,7 @@ class MaskedDiffusion:
         arguments: dict[str, Any] = {}
         if device.type != "cpu":
             masked = np.where(complement, counts - levels, levels) if paired else levels
+            # On a GPU reading a length back would wait for it, so the host says how many rows there can be.
             arguments["capacity"] = _capacity(masked, counts, config.masking == "exact_count")
         if drawn_there:
             return {**arguments, "draw": noise}
@@ -289,11 +297,13 @@ class Autoregressive:
         """
         batch, seq = tokens.shape
         device = tokens.device
+        # Position i reads the tokens before it and predicts token i, so that targets keep their places.
         inputs = torch.cat((tokens.new_full((batch, 1), self.end_of_document_id), tokens[:, :-1]), dim=1)
         threshold = round(self.config.input_mask_ratio * 2**32)
         if threshold and purpose is Purpose.TRAIN:
             counters = token_counter(sample_ids[:, None], np.arange(seq))
             if device.type == "cpu":
+                # The same bits; numpy is faster on small arrays.
                 bits = torch.from_numpy(random_bits(self.seed, Stream.INPUT_MASK, counters))
             else:
                 bits = random_bits(self.seed, Stream.INPUT_MASK, torch.from_numpy(counters).to(device))

@@ -37,8 +37,10 @@ def mask_probability(config: DiffusionConfig, t: Any) -> Any:
     if name == "linear":
         return t
     if name == "cosine":
+        # As a sine: cos(pi/2 (1 - t)) would lose the digits of a small p in 1 - t.
         return xp.sin(math.pi / 2 * t)
     if name == "cosine_mdlm":
+        # 1 - cos(x) = 2 sin(x/2)**2, without the cancellation near t = 0.
         return (1 - config.eps) * 2 * xp.sin(math.pi / 4 * t) ** 2
     if name == "polynomial":
         return t**config.polynomial_exponent
@@ -96,12 +98,15 @@ def levels_and_weights(
             counts = linear_count(u_levels, eligible_counts)
             return counts, eligible_counts / np.maximum(counts, 1)
         p = mask_probability(config, u)
+        # Rounding may bring p to 1, and floor(p L) + 1 would then be L + 1.
         counts = np.minimum(np.floor(p * eligible_counts).astype(np.int64) + 1, eligible_counts)
+        # p'(u): with k tokens masked a token is masked with k/L, so that the weight is p'(u) over k/L.
         slope = elbo_weight(config, u) * p
         return counts, slope * eligible_counts / np.maximum(counts, 1)
     if config.schedule == "linear":
         thresholds = linear_threshold(u_levels, config.eps)
         return thresholds, 2.0**32 / thresholds
+    # Never below eps: a weight of 1/p would have no finite variance.
     t = (1 - config.eps) * u + config.eps
     thresholds = np.rint(mask_probability(config, t) * 2.0**32).astype(np.int64)
     return thresholds, elbo_weight(config, t)
@@ -133,6 +138,7 @@ def pair_levels_and_weights(
         p = mask_probability(config, u)
         counts = np.minimum(np.floor(p * (eligible_counts + 1)).astype(np.int64), eligible_counts)
         slope = elbo_weight(config, u) * p
+    # Each row has the weight of what it masks itself; one of them may mask nothing.
     masked = np.where(complement, eligible_counts - counts, counts)
     return counts, np.where(masked > 0, slope * (eligible_counts + 1) / np.maximum(masked, 1), 0.0)
 

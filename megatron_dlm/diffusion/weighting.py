@@ -27,6 +27,7 @@ def cart_weights(visible: Tensor) -> Tensor:
     """
     ours = visible.double() * (CART_Q / 2)
     before, after = _shift(ours, 1), _shift(ours, -1)
+    # Each round joins two stretches of the reach so far, the farther one damped by the distance between them.
     for reach in (2**i for i in range(_ROUNDS)):
         decay = (1 - CART_Q) ** reach
         before = before + decay * _shift(before, reach)

@@ -101,6 +101,7 @@ def loglikelihoods(
         vocabulary=vocabulary,
         guidance=options.guidance,
     )
+    # Requests that agree in all of this have the same masks, and often show the model the same tokens.
     keys = [(request.group, tuple(request.context), len(request.target)) for request in requests]
     rounds = _evaluate(
         scorer,
@@ -181,6 +182,7 @@ def _evaluate(
         together.setdefault(key, []).append(index)
 
     def unit(indices: list[int]) -> Unit:
+        # Any of them: they have one context and one length.
         request = requests[indices[0]]
         targets = np.array([list(requests[index].target) for index in indices], dtype=np.int64)
         return Unit(indices, request.context, targets, plan_of(request), hidden_id)
@@ -188,6 +190,7 @@ def _evaluate(
     def length(indices: list[int]) -> int:
         return len(requests[indices[0]].context) + len(requests[indices[0]].target)
 
+    # So that a batch pads little, and one that does not fit into memory fails at once.
     longest_first = sorted(together.values(), key=length, reverse=True)
     for done in scorer.finish(unit(indices) for indices in longest_first):
         yield dict(zip(done.indices, _estimates(done), strict=True))
@@ -201,6 +204,7 @@ def _estimates(unit: Unit) -> list[LogLikelihood]:
     for sums, best in zip(unit.sums, unit.best, strict=True):
         # A mask that a group has not drawn adds nothing to it, even where its sum is infinite.
         terms = np.multiply(coefficients, sums, where=coefficients != 0, out=np.zeros_like(coefficients))
+        # [groups]: one estimate of log p each, independent of the others. (0.0 minus, so that nothing is -0.0.)
         estimates = 0.0 - terms.sum(axis=1)
         value, error = float(estimates.mean()), 0.0 if unit.plan.exact else None
         if groups > 1 and math.isfinite(value):
@@ -211,6 +215,7 @@ def _estimates(unit: Unit) -> list[LogLikelihood]:
 
 def _fill(scorer: RowScorer, keys: Sequence[tuple]) -> Iterator[dict[tuple, list[int]]]:
     """What the sampler writes behind the context of every key (context, length), at temperature 0."""
+    # Taken from the end, where the longest are.
     waiting = sorted(keys, key=lambda key: len(key[0]) + key[1])
     options = SamplerOptions(guidance=scorer.guidance)
     while waiting:

@@ -227,6 +227,7 @@ class RowScorer:
                 low, high = np.searchsorted(index, [start, start + step], sorter=order)
                 here = order[low:high]
                 at, ids = (torch.from_numpy(v[here]).to(chunk.device) for v in (index - start, wanted))
+                # -log softmax at the wanted ids only; no second [n, vocab] is made.
                 losses[here] = (chunk.logsumexp(1)[at] - chunk[at, ids]).cpu().numpy()
                 if self.finds_best:
                     # A tokenizer can have more ids than an imported model has logits.

@@ -8,13 +8,16 @@ Importing this module registers them there, so that both of these work:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
+from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -200,15 +203,16 @@ def run_lm_eval(
     values = {name: getattr(options, name) for name in ("masks", "estimator", "guidance", "seed", "tokens_per_batch")}
     language_model = MegatronDLM(model, **values)
     try:
-        found = simple_evaluate(
-            model=language_model,
-            tasks=list(names),
-            task_manager=manager,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            bootstrap_iters=_BOOTSTRAP,
-            log_samples=log_questions,
-        )
+        with _undescribed():
+            found = simple_evaluate(
+                model=language_model,
+                tasks=list(names),
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                bootstrap_iters=_BOOTSTRAP,
+                log_samples=log_questions,
+            )
     except (ConfigError, DataError):
         raise
     except Exception as error:  # data sets that are not there raise nearly anything
@@ -220,6 +224,18 @@ def run_lm_eval(
         ) from None
     results = {} if found is None else found["results"]
     return {name: _result(name, found, language_model.truncated) for name in results}
+
+
+@contextlib.contextmanager
+def _undescribed() -> Iterator[None]:
+    """Keep lm-eval from describing the machine and the git repository, of which nothing is kept here.
+
+    Outside a repository git's error would be printed, and the description of the machine takes a second.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in ("get_git_commit_hash", "add_env_info"):
+            stack.enter_context(mock.patch.object(evaluator, name, lambda *_: None, create=True))
+        yield
 
 
 def _task_manager(names: Sequence[str], include_path: str | None) -> TaskManager:

@@ -64,6 +64,7 @@ def encode_task(task: Task, tokenizer: Tokenizer, max_length: int) -> EncodedTas
     encoded, truncated = [], 0
     for index, question in enumerate(task.questions):
         try:
+            # Options follow the context behind a space, as in lm-eval's prompts.
             pairs = [encode_pair(tokenizer, question.context, f" {option}", max_length) for option in question.options]
         except ValueError as error:
             raise DataError(f"{question.origin}: {error}") from None
@@ -88,6 +89,7 @@ def answer(
         ValueError: the model gives NaN; one line.
     """
     asked = [index for index in range(len(encoded.requests)) if index not in known]
+    # The question of every request: results come as numbers of requests.
     owners = [index for index in asked for _ in encoded.requests[index]]
     last_word = encoded.task.kind == "last_word"
     requests = [request for index in asked for request in encoded.requests[index]]
@@ -108,12 +110,14 @@ def metrics(questions: Sequence[Question], answers: Sequence[Answer], kind: str)
     if kind == "last_word":
         values = np.array([answer.values[0] for answer in answers])
         with np.errstate(over="ignore"):
+            # exp of minus the mean log-likelihood of whole words, as lm-eval has it, and not of tokens.
             perplexity = float(np.exp(-values.mean()))
         spread = _mean(values).stderr if np.isfinite(values).all() else None
         return {
             "acc": _mean([bool(answer.greedy) for answer in answers]),
             "perplexity": Metric(perplexity, None if spread is None else perplexity * spread),
         }
+    # A sum favours short options; each unit is another way to divide their length out.
     units: dict[str, Callable[[str], int]] = {"acc": lambda option: 1}
     if kind == "options":
         units |= {"acc_norm": len, "acc_bytes": lambda option: len(option.encode())}

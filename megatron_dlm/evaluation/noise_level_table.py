@@ -251,6 +251,7 @@ def _measure(
     for start in range(0, total, step):
         numbers = np.arange(start, min(start + step, total))
         window, level = np.divmod(numbers, len(masked))
+        # [rows, length]: of a window's levels each masks what the one before does, and more.
         hidden = ranks[window] < masked[level, None]
         rows = np.flatnonzero(hidden)  # of [batch * length]
         inputs = np.where(hidden, model.vocabulary.mask_token_id, tokens[window])

@@ -51,6 +51,8 @@ class PartialAnswers:
         """
         self.path = output.with_name(f"{output.name}.partial")
         self.damaged = False
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
+            raise DataError(f"cannot write {self.path}: it is no regular file; remove it, or choose another --output")
         try:
             try:
                 self._database = self._open()
@@ -78,6 +80,7 @@ class PartialAnswers:
         """Write answers down; when this returns the disk has them. Raises ``DataError``, one line."""
         rows = []
         for question, answer in answers.items():
+            # Of an answer's numbers JSON has every digit, and Python's Infinity too.
             text = json.dumps(answer)
             rows.append((fingerprint, question, text, _checksum(fingerprint, question, text)))
         try:
@@ -104,6 +107,7 @@ class PartialAnswers:
 
     def _open(self, *, locks: bool = True) -> sqlite3.Connection:
         """The database, locked until it is closed. Raises ``_Damaged`` and ``sqlite3.Error``."""
+        # timeout=0: a lock that is held is another evaluation's, and waiting would not help.
         uri = f"{self.path.absolute().as_uri()}?nolock={int(not locks)}"
         database = sqlite3.connect(uri, uri=True, timeout=0)
         try:
@@ -136,6 +140,7 @@ class PartialAnswers:
 
 def _check(database: sqlite3.Connection) -> None:
     """Raises ``_Damaged``. SQLite knows the structure of its file; whether the content is what it was, we know."""
+    # Damaged text must come as far as its checksum.
     database.text_factory = lambda content: content.decode(errors="replace")
     rows = database.execute("SELECT fingerprint, question, answer, checksum FROM answers")
     if any(_checksum(*row[:3]) != row[3] for row in rows):

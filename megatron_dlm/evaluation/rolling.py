@@ -38,6 +38,7 @@ def windows_of(texts: Sequence[Tokens], *, max_length: int, groups: Sequence[int
                 f"text {len(windows)} has the group {group} and {len(starts)} windows; the group must be from 0 to "
                 f"{2**_WINDOW_BITS - 1}, and there may be {2**_WINDOW_BITS} windows"
             )
+        # Windows of all texts have groups of their own, and so their own noise.
         first = group << _WINDOW_BITS
         windows.append([Request([], text[at : at + max_length], first + i) for i, at in enumerate(starts)])
     return windows
@@ -63,5 +64,6 @@ def total(parts: Sequence[LogLikelihood]) -> LogLikelihood:
         return LogLikelihood(value, None, greedy)
     variance = math.fsum(error**2 for error in errors)
     spread = math.fsum(e**4 / part.degrees_of_freedom for e, part in zip(errors, parts, strict=True))
+    # The small term keeps a whole number from falling to the one below.
     freedom = max(int(variance**2 / spread + 1e-6), 1) if spread else OFFSET_GROUPS - 1
     return LogLikelihood(value, math.sqrt(variance), greedy, freedom)

@@ -114,6 +114,7 @@ def evaluate_task(
     encoded = encode_task(task, model.tokenizer, model.max_length)
     likelihood = replace(options.likelihood, masks=encoded.masks(options.masks))
     key = fingerprint(identity, task, likelihood)
+    # A lower --limit than before leaves answers that are not asked for now.
     known = {index: each for index, each in answers.known(key).items() if index < len(task.questions)}
     by_index = dict(known)
     try:
@@ -126,6 +127,7 @@ def evaluate_task(
         raise
     except ValueError as error:
         raise ConfigError(f"{task.name}: {error}") from None
+    # In the order of the questions, whatever order they were answered in.
     found = [by_index[index] for index in range(len(task.questions))]
     result: dict[str, Any] = {
         "metrics": flat(metrics(task.questions, found, task.kind)),

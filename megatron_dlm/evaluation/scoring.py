@@ -39,9 +39,11 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, max_lengt
     Raises:
         ValueError: the continuation has no tokens, or more than ``max_length``; one line.
     """
+    # "Question: " + "yes" is "Question:" + " yes" to most tokenizers, whose words begin with their space.
     bare = context.rstrip()
     continuation, context = context[len(bare) :] + continuation, bare
     before = tokenizer.encode(context)
+    # What the two together have more than the context alone; where they merge into it, by itself.
     target = tokenizer.encode(context + continuation)[len(before) :] or tokenizer.encode(continuation)
     if not target:
         raise ValueError(f"{continuation[:40]!r} has no tokens; give a text that has some")
@@ -70,6 +72,7 @@ def score(
     Raises:
         ValueError: a request cannot be scored, or the model gives NaN; one line, on every rank.
     """
+    # Requests of a group never part: they share forwards, and are compared with each other.
     groups: dict[int, list[int]] = {}
     for index, request in enumerate(requests):
         groups.setdefault(request.group, []).append(index)
@@ -83,6 +86,7 @@ def score(
     order = sorted(groups, key=longest, reverse=True)
     for chosen in _rounds(order, costs, _FORWARDS_PER_ROUND * options.tokens_per_batch * size):
         cost = sum(costs[group] for group in chosen)
+        # Every replica takes each size-th group, so that all have some of the long ones.
         mine = [index for group in chosen[rank::size] for index in groups[group]]
         own: dict[int, LogLikelihood] = {}
         error = None
@@ -119,6 +123,7 @@ def _cost(model: TextModel, request: Request, options: LikelihoodOptions, greedy
     forwards = 1
     if not model.kind.causal:
         few = 2 ** min(size, 31) - 1 if options.enumerate_short or size == 1 else options.masks
+        # One mask of each token, or as many masks as there are or may be; guidance reads everything twice.
         forwards = size if options.estimator == "left_to_right" else min(few, options.masks)
         forwards = (forwards + (size if greedy else 0)) * (2 if options.guidance else 1)
     return (len(request.context) + size) * forwards
@@ -147,6 +152,7 @@ def _gather(model: TextModel, part: dict[int, LogLikelihood] | str) -> dict[int,
     """The results of all replicas. Raises ``ValueError`` with the first text, which is an error."""
     parts = [part]
     if model.topology is not None and model.topology.data_size > 1:
+        # Errors go along: every rank raises the same one, or gets all results.
         parts = [part] * model.topology.data_size
         dist.all_gather_object(parts, part, group=model.topology.data_group)
     whole: dict[int, LogLikelihood] = {}

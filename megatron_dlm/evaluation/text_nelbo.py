@@ -120,6 +120,7 @@ def text_nelbo(
         raise ConfigError(str(error)) from None
     text = read_windows(source, model.tokenizer, model.max_length, limit_tokens=limit_tokens)
     check_ids(text.tokens, source, model.vocabulary)
+    # One text, so one list of windows; every window is a request of its own.
     (windows,) = windows_of([text.tokens], max_length=text.length)
     found: dict[int, LogLikelihood] = {}
     try:
@@ -199,6 +200,7 @@ def _tokenize(
         if not content:
             continue
         ids = np.array([*tokenizer.encode(document.text), tokenizer.end_of_document_id], dtype=np.int64)
+        # Bytes are counted in proportion where the limit cuts a document.
         kept = ids if limit_tokens is None else ids[: limit_tokens - tokens]
         parts.append(kept)
         tokens += len(kept)
@@ -213,8 +215,10 @@ def _tokenize(
 def _summarize(windows: TextWindows, scored: list[LogLikelihood], *, masks: int) -> TextNelbo:
     tokens, whole = len(windows.tokens), total(scored)
     nats = -whole.value / tokens
+    # Windows are the units: their spread has the noise of the masks in it already.
     ci95 = _half_width(np.array([-window.value for window in scored]), windows.lengths)
     interval = whole.interval95()
+    # From nats per token to bits per byte.
     bits = tokens / windows.bytes / math.log(2)
     with np.errstate(over="ignore"):  # a model that gives a token no chance, or nearly none
         perplexity, spread = float(np.exp(nats)), float(np.sinh(ci95))

@@ -34,7 +34,8 @@ class Run(NamedTuple):
     name: str
     color: str
     steps: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
+    curves: list[list[dict[str, Any]]]
+    """The evaluations, apart for each held-out data."""
     x: np.ndarray
     """[steps], in units of the axis."""
 
@@ -61,16 +62,17 @@ def read_runs(paths: Sequence[str | Path], axis: str) -> tuple[list[Run], str]:
     key, label = AXES[axis]
     folders = [RunFolder.at(path) for path in paths]
     read = [_read(folder) for folder in folders]
-    for folder, (steps, _) in zip(folders, read, strict=True):
-        if any(record.get(key) is None for record in steps):
-            known = [name for name, (other, _) in AXES.items() if all(r.get(other) is not None for r in steps)]
+    for folder, records in zip(folders, read, strict=True):
+        if any(record.get(key) is None for record in records.steps):
+            known = [name for name, (other, _) in AXES.items() if all(r.get(other) is not None for r in records.steps)]
             raise ConfigError(f"{folder.metrics} does not record {key}; choose --x from: {', '.join(known)}")
     # One unit for all runs, which share the axis.
-    scale, unit = _unit(max(float(record[key]) for steps, _ in read for record in steps), axis)
+    scale, unit = _unit(max(float(record[key]) for records in read for record in records.steps), axis)
     runs = []
-    for index, (folder, (steps, evaluations)) in enumerate(zip(folders, read, strict=True)):
-        x = np.array([record[key] for record in steps], dtype=float) / scale
-        runs.append(Run(folder.path.resolve().name, COLORS[index % len(COLORS)], steps, evaluations, x))
+    for index, (folder, records) in enumerate(zip(folders, read, strict=True)):
+        x = np.array([record[key] for record in records.steps], dtype=float) / scale
+        color = COLORS[index % len(COLORS)]
+        runs.append(Run(folder.path.resolve().name, color, records.steps, records.curves(), x))
     return runs, label + unit
 
 
@@ -111,6 +113,7 @@ def by_mask_ratio(steps: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np
     recent = [record[key] for record in steps[-max(1, len(steps) // 4) :] if record.get(key)]
     if not recent:
         return np.empty(0), np.empty(0)
+    recent = [buckets for buckets in recent if len(buckets) == len(recent[-1])]
     values = np.array(recent, dtype=float)  # None becomes NaN
     buckets = np.flatnonzero(~np.isnan(values).all(axis=0))
     return (buckets + 0.5) / values.shape[1], np.nanmean(values[:, buckets], axis=0)
@@ -133,8 +136,9 @@ def _draw_loss(axes: Any, runs: list[Run]) -> None:
         axes.plot(run.x, run.smooth("loss"), color=run.color, linewidth=1.3, alpha=0.75)
         shown.append(run.smooth("loss")[len(run.x) // 100 :])
         at = {record["step"]: x for record, x in zip(run.steps, run.x, strict=True)}
-        known = [record for record in run.evaluations if record["step"] in at]
-        if known:
+        for curve in run.curves:  # not joined: they are of other held-out data
+            if not (known := [record for record in curve if record["step"] in at]):
+                continue
             axes.errorbar(
                 [at[record["step"]] for record in known],
                 [record["valid_nelbo"] for record in known],

@@ -53,6 +53,7 @@ class Denoiser:
         size, seq = tokens.shape
         if lengths is not None and not bool(((lengths >= 1) & (lengths <= seq)).all()):
             raise ValueError(f"lengths must be from 1 to {seq}, the length of tokens; got {lengths.tolist()}")
+        # A sample in the middle of training must not be drawn under dropout.
         for chunk in self.chunks:
             chunk.eval()
         lengths = None if lengths is None or bool((lengths == seq).all()) else lengths.cpu()
@@ -83,9 +84,11 @@ class Denoiser:
         )
         rows = micro_batch.rows
         if self.topology.is_last_stage:
+            # [seq, batch, columns/TP] from the stages, where all positions were asked for; batch first for the caller.
             logits = self._gather_columns(outputs[0] if rows is not None else outputs[0].transpose(0, 1))
         else:
             shape = (size, seq) if rows is None else (len(rows),)
+            # The other stages have no logits: they make room for what the last one sends.
             logits = torch.empty(*shape, self.vocab_size, dtype=torch.float32, device=self.topology.device)
         if self.topology.pipeline_size > 1:
             group = self.topology.pipeline_group

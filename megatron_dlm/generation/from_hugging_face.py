@@ -48,6 +48,9 @@ def load_model(path: str) -> Any:
         raise ConfigError(
             f"the weights of {path} are not those of its config.json ({', '.join(faults)}); export it again"
         )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ConfigError(f"{name} of {path} has values that are not finite numbers; export the model again")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -90,11 +93,13 @@ def cached_generation(model: Any) -> Callable[..., Samples]:
             raise ValueError("this model needs a prompt and new tokens: give a longer prompt and max_new_tokens")
         end = vocabulary.end_of_document_id
         padding = end if end is not None and end < model.config.vocab_size else 0
+        # Padded at the left, so that all rows are continued from the same column.
         ids = torch.tensor([[padding] * (width - len(row)) + row for row in inputs], device=model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in inputs], device=model.device)
         settings: dict[str, Any] = {"do_sample": False}
         if options.temperature:
             settings = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+        # Everything that decides on the text is given here; nothing comes from the directory.
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             suppress_tokens=vocabulary.unwritten,
@@ -103,12 +108,14 @@ def cached_generation(model: Any) -> Callable[..., Samples]:
             **settings,
         )
         watch = _Watch(prompts, width, vocabulary.mask_token_id, max_new_tokens, on_step)
+        # transformers draws from torch's global generator, which a caller's program may be using too.
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(options.seed)
             output = model.generate(
                 ids, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList([watch])
             )
         new = output[:, width:].tolist()
+        # The loop ends when all rows have ended: shorter by what no row has needed.
         filled = [row + [padding] * (max_new_tokens - len(row)) for row in new]
         rows = [[*prompt, *row] for prompt, row in zip(prompts, filled, strict=True)]
         lengths = [len(prompt) for prompt in prompts]

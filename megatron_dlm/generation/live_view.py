@@ -120,6 +120,7 @@ class LiveView:
         return text + ("\n" if self._ids and not text.endswith("\n") else "")
 
     def _draw(self, number: int) -> None:
+        # Prompts do not count, on either side.
         written = sum(i != self._vocabulary.mask_token_id for i in self._ids) - sum(self._given)
         wanted = len(self._ids) - sum(self._given)
         frame = _Frame(self._styled(), Text(f"step {number} | {written} of {wanted} tokens", _DIM))
@@ -157,6 +158,7 @@ class _Frame:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, height = options.size
+        # As many lines as fit above the cursor's: the newest of the text, and the status last.
         lines = [*_wrapped(self.text, width), self.status]
         for line in lines[max(len(lines) - height + 1, 0) :]:
             line.truncate(width)
@@ -168,6 +170,7 @@ def _wrapped(text: Text, width: int) -> list[Text]:
     lines: list[Text] = []
     for line in text.split("\n", allow_blank=True):
         line.expand_tabs(_TAB)
+        # By columns of the screen: some characters take two.
         ends = list(accumulate(map(len, chop_cells(line.plain, width))))
         lines += line.divide(ends[:-1])
     return lines

@@ -106,6 +106,7 @@ class TextModel(NamedTuple):
         if len(parts) == 1:
             raise ValueError("there is nothing to fill in: write ____ where tokens are missing")
         hole = [self.tokenizer.mask_token_id] * tokens_per_hole
+        # Text, hole, text, hole, ...: a hole is as many masks as were asked for.
         ids = self.tokenizer.encode(parts[0])
         for part in parts[1:]:
             ids += hole + self.tokenizer.encode(part)
@@ -130,7 +131,7 @@ def open_text_model(path: str, layout: ParallelConfig | None = None) -> TextMode
         denoiser = load_denoiser(stored, layout)
         return TextModel(
             denoise=denoiser,
-            tokenizer=load_tokenizer(stored.tokenizer),
+            tokenizer=stored.open_tokenizer(),
             kind=stored.config.model.kind,
             max_length=stored.config.data.sequence_length,
             device=denoiser.topology.device,
@@ -164,6 +165,7 @@ def _open_hugging_face(path: str) -> TextModel:
         max_length=model.config.max_position_embeddings,
         device=model.device,
         name=f"{path} on {model.device}",
+        # The model may have rows that its tokenizer has no text for.
         forbidden_token_ids=tuple(range(tokenizer.vocab_size, model.config.vocab_size)),
         generate_cached=cached_generation(model) if autoregressive else None,
         first_token_id=model.config.bos_token_id if autoregressive else None,

@@ -104,6 +104,7 @@ class Recorder:
     def trace(self, title: str, details: dict[str, str]) -> Trace:
         """What was recorded so far, under a title and with the options to name, all as plain text."""
         rows = tuple(self._row(batch, row) for batch in self._batches for row in range(len(batch.lengths)))
+        # What came from outside must not act on a page or a terminal.
         shown = {visible(name): visible(value) for name, value in details.items()}
         return Trace(visible(title), shown, rows)
 
@@ -116,6 +117,7 @@ class Recorder:
         cells: list[Cell] = []
         end = position = 0
         for spelled in self._speller(ids):
+            # Cells before the end count; one that begins before it counts as a whole.
             end += position < stop
             part = tuple(fills[position : position + spelled.size])
             cells.append(Cell(visible(spelled.text), spelled.control, part))
@@ -127,6 +129,7 @@ class _Batch:
     """State of one batch: tokens [batch, seq], the steps that filled them in, and their confidence."""
 
     def __init__(self, step: Step, mask_token_id: int) -> None:
+        # Without a report of the start, what is there and not new was given.
         given = (step.tokens != mask_token_id) & ~step.revealed
         self.steps = torch.where(given, 0, _UNDECIDED)
         self.confidence = torch.zeros(step.tokens.shape)
@@ -137,6 +140,7 @@ class _Batch:
         confidence = step.confidence.float().nan_to_num(0.0).clamp(0.0, 1.0)
         self.steps = torch.where(step.revealed, step.number, self.steps)
         self.confidence = torch.where(step.revealed, confidence, self.confidence)
+        # A position may be masked again; it is then undecided, as before.
         masked = step.tokens == mask_token_id
         self.steps = self.steps.masked_fill(masked, _UNDECIDED)
         self.confidence = self.confidence.masked_fill(masked, 0.0)
@@ -151,6 +155,7 @@ class Speller:
     """
 
     def __init__(self, decode: Callable[[list[int]], str], mask_token_id: int) -> None:
+        # The same few runs come again at every step.
         self._decode = functools.lru_cache(maxsize=1 << 16)(lambda ids: decode(list(ids)))
         self._mask_token_id = mask_token_id
 
@@ -160,6 +165,7 @@ class Speller:
         context: tuple[int, ...] = ()
         position = 0
         while position < len(ids):
+            # Few tokens make one character of up to four bytes: as many are looked at.
             spelled = self._next(context, ids[position : position + _UTF8_BYTES])
             if spelled.text and _REPLACEMENT not in spelled.text:
                 context = tuple(ids[position : position + spelled.size])
@@ -170,6 +176,7 @@ class Speller:
     def _next(self, context: tuple[int, ...], ids: Sequence[int]) -> Spelled:
         if self._is_control(ids[0]):
             return Spelled("", 1, control=ids[0] != self._mask_token_id)
+        # The shortest run that is whole text; bytes of a character one by one are not.
         for count in range(1, len(ids) + 1):
             if count > 1 and self._is_control(ids[count - 1]):
                 break

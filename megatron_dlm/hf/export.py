@@ -5,7 +5,6 @@ Neither transformers nor megatron is imported: both need more memory than the wo
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,8 +19,9 @@ from tqdm import tqdm
 from megatron_dlm.checkpoint.stored import CONFIG, StoredCheckpoint, open_checkpoint
 from megatron_dlm.checkpoint.whole_tensors import WeightsReader
 from megatron_dlm.config.tree import Config, ModelConfig
-from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.errors import ConfigError
+from megatron_dlm.files import json_text
 from megatron_dlm.hf.model_card import model_card
 from megatron_dlm.hf.tensor_map import Whole, weight_map
 from megatron_dlm.output_folder import check_output, complete_folder
@@ -111,6 +111,7 @@ def export(
     check_output(output, overwrite=overwrite, replaceable=_replaceable(output), size=size)
     try:
         with complete_folder(output, overwrite=overwrite) as folder:
+            # First, so that the files of weights can take the permissions of config.json.
             _write_small_files(plan, folder)
             _write_weights(plan, folder, progress)
             found = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -126,12 +127,7 @@ def _plan(checkpoint: Path, dtype: DTypeName | None, max_shard_size: int) -> _Pl
         raise ConfigError(f"--max-shard-size is {max_shard_size}; give at least one byte")
     stored = open_checkpoint(checkpoint)
     _require_representable(stored)
-    tokenizer = load_tokenizer(stored.tokenizer)
-    if (tokenizer.fingerprint, tokenizer.vocab_size) != (
-        stored.info.get("tokenizer_fingerprint"),
-        stored.info.get("vocab_size"),
-    ):
-        raise ConfigError(f"{stored.tokenizer} is not the tokenizer of its checkpoint; restore it or give another one")
+    tokenizer = stored.open_tokenizer()
     reader = WeightsReader(stored.directory)
     wholes = weight_map(stored.config.model, tokenizer.vocab_size)
     _require_same_tensors(stored.directory, reader, wholes)
@@ -181,6 +177,7 @@ def _assign_shards(wholes: Sequence[Whole], itemsize: int, limit: int) -> dict[s
     number = filled = 0
     for part in (part for whole in wholes for part in whole.parts):
         size = part.numel * itemsize
+        # A file is never empty: a tensor larger than the limit has one to itself.
         if filled and filled + size > limit:
             number, filled = number + 1, 0
         numbers[part.name] = number
@@ -193,6 +190,7 @@ def _assign_shards(wholes: Sequence[Whole], itemsize: int, limit: int) -> dict[s
 def _write_weights(plan: _Plan, folder: Path, progress: bool) -> None:
     """The safetensors files, and their index where there are several."""
     save_file = optional_module("safetensors.torch", "export").save_file
+    # The tensors of one file are held until it is full; what they were cut from is given up before the next is read.
     pending: dict[str, Tensor] = {}
     current = next(iter(plan.shards.values()))
     with tqdm(
@@ -219,6 +217,7 @@ def _write_weights(plan: _Plan, folder: Path, progress: bool) -> None:
                     if pending:
                         flush()
                     current = plan.shards[part.name]
+                # One tensor of ours may end in two files: queries, keys and values are one here and three there.
                 pending[part.name] = part.take(tensor)
             del tensor
         flush()
@@ -227,7 +226,7 @@ def _write_weights(plan: _Plan, folder: Path, progress: bool) -> None:
             "metadata": {"total_parameters": plan.parameters, "total_size": plan.weight_bytes},
             "weight_map": dict(sorted(plan.shards.items())),
         }
-        _write_json(folder / "model.safetensors.index.json", index)
+        (folder / "model.safetensors.index.json").write_text(json_text(index), encoding="utf-8")
 
 
 def _write_small_files(plan: _Plan, folder: Path) -> None:
@@ -241,10 +240,15 @@ def _write_small_files(plan: _Plan, folder: Path) -> None:
     if diffusion:
         for name in _SHIPPED:
             (folder / name).write_bytes(resources.files("megatron_dlm.shipped").joinpath(name).read_bytes())
-    _write_json(folder / "config.json", model_config(config, plan.tokenizer, plan.dtype))
-    _write_json(folder / "generation_config.json", generation_config(config.model, plan.tokenizer))
-    card = model_card(plan.stored, architecture=plan.architecture, parameters=plan.parameters, dtype=plan.dtype)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    texts = {
+        "config.json": json_text(model_config(config, plan.tokenizer, plan.dtype)),
+        "generation_config.json": json_text(generation_config(config.model, plan.tokenizer)),
+        "README.md": model_card(
+            plan.stored, architecture=plan.architecture, parameters=plan.parameters, dtype=plan.dtype
+        ),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def model_config(config: Config, tokenizer: Tokenizer, dtype: DTypeName) -> dict[str, Any]:
@@ -265,6 +269,7 @@ def model_config(config: Config, tokenizer: Tokenizer, dtype: DTypeName) -> dict
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
+        # New readers take this, old ones the line above.
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "tie_word_embeddings": model.tie_embeddings,
         "max_position_embeddings": config.data.sequence_length,
@@ -306,7 +311,3 @@ def generation_config(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any
         mask = {"mask_token_id": tokenizer.mask_token_id}
         return {**ends, **mask, "max_new_tokens": 128, "remasking": "low_confidence"}
     return {"bos_token_id": end, **ends, "do_sample": False, "suppress_tokens": [tokenizer.mask_token_id]}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -9,14 +10,14 @@ import torch
 from megatron_dlm import __version__
 from megatron_dlm.checkpoint.stored import StoredCheckpoint
 from megatron_dlm.config.load import dump_yaml
-from megatron_dlm.run_folder import is_evaluation, read_lines
+from megatron_dlm.errors import one_line
 
 _DLM_USE = """```python
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 path = "."  # the directory of this file
-tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+tokenizer = PreTrainedTokenizerFast.from_pretrained(path)  # it is no code; AutoTokenizer looks at the model's
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 
 # Go on from a prompt: masks behind it are filled in, the most certain first.
@@ -68,16 +69,19 @@ def model_card(stored: StoredCheckpoint, *, architecture: str, parameters: int, 
         else "It predicts the next token. Whatever loads transformers' models loads it, without custom code."
     )
     rows = {
-        "architecture": f"`{architecture}`",
+        "architecture": architecture,
         "parameters": f"{parameters:,}",
         "weights": f"{dtype}; trained in {config.train.precision}",
         "vocabulary": f"{info['vocab_size']:,} ids",
         "sequence length": f"{config.data.sequence_length:,} tokens",
-        **({"imported from": f"`{info['imported_from']}`"} if "imported_from" in info else {}),
+        **({"imported from": info["imported_from"]} if "imported_from" in info else {}),
         **_training(stored),
         "trained at layout": info.get("layout", "not recorded"),
         "versions": ", ".join(f"{name} {number}" for name, number in _versions(info).items()),
     }
+    configuration = dump_yaml(config).rstrip()
+    # Longer than any in a run's name or a prompt, which would end the block.
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", configuration)), default=0))
     lines = [
         "---",
         "library_name: transformers",
@@ -98,16 +102,21 @@ def model_card(stored: StoredCheckpoint, *, architecture: str, parameters: int, 
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows.items()),
+        *(f"| {name} | {_escaped(value)} |" for name, value in rows.items()),
         "",
         "## Configuration of the training run",
         "",
-        "```yaml",
-        dump_yaml(config).rstrip(),
-        "```",
+        f"{fence}yaml",
+        configuration,
+        fence,
         "",
     ]
     return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    """Text that stays what it is in a cell of a table: nothing in it is Markdown or HTML."""
+    return re.sub(r"[^\w ./,:;+()%=@-]", lambda found: f"&#{ord(found[0])};", one_line(text))
 
 
 def _training(stored: StoredCheckpoint) -> dict[str, str]:
@@ -118,7 +127,7 @@ def _training(stored: StoredCheckpoint) -> dict[str, str]:
         return {"training": "not recorded"}
     at_step, evaluation = _records(stored, step)
     tokens = f"{samples * config.data.sequence_length:,}"
-    if {"unique_tokens", "epoch"} <= at_step.keys():
+    if all(isinstance(at_step.get(key), int | float) for key in ("unique_tokens", "epoch")):
         tokens += f", {at_step['unique_tokens']:,} of them unique ({at_step['epoch']:.2f} epochs)"
     name = config.model.kind.likelihood
     return {"training steps": f"{step:,}", "training tokens": tokens, f"held-out {name}": _likelihood(evaluation)}
@@ -137,18 +146,14 @@ def _likelihood(record: dict[str, Any]) -> str:
 
 def _records(stored: StoredCheckpoint, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of the run: the record of this step, and the newest evaluation up to it; empty where there is none."""
-    at_step: dict[str, Any] = {}
-    evaluation: dict[str, Any] = {}
     folder = stored.run_folder
     if folder is None or not folder.metrics.is_file():
-        return at_step, evaluation
-    for record in read_lines(folder.metrics, skip_damaged=True):
-        if is_evaluation(record):
-            if evaluation.get("step", -1) <= record["step"] <= step:
-                evaluation = record
-        elif record["step"] == step:
-            at_step = record
-    return at_step, evaluation
+        return {}, {}
+    records = folder.records(skip_damaged=True)
+    at_step = next((record for record in records.steps if record["step"] == step), {})
+    # Of two at one step the first: a run that went on from it with other held-out data has made the second.
+    past = [record for record in records.evaluations if record["step"] <= step]
+    return at_step, max(past, key=lambda record: record["step"], default={})
 
 
 def _versions(info: dict[str, Any]) -> dict[str, str]:

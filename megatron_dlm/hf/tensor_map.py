@@ -56,6 +56,7 @@ def weight_map(model: ModelConfig, vocab_size: int) -> list[Whole]:
         vocab_size: ids that exist, [MASK] included; rows beyond are padding, which Hugging Face's layout lacks.
     """
     hidden, ffn, dim = model.hidden_size, model.ffn_hidden_size, model.resolved_head_dim
+    # In the order in which a model is read through, which is that of the export's files.
     maps = [_vocabulary(EMBEDDING, EMBEDDING_HF, model, vocab_size)]
     for layer in range(model.num_layers):
         ours, theirs = f"decoder.layers.{layer}", f"model.layers.{layer}"
@@ -80,6 +81,7 @@ def weight_map(model: ModelConfig, vocab_size: int) -> list[Whole]:
         maps.append(_gate_up(f"{mlp}.linear_fc1.weight", f"{theirs}.mlp", ffn, hidden))
         maps.append(_same(f"{mlp}.linear_fc2.weight", f"{theirs}.mlp.down_proj.weight", (hidden, ffn)))
     maps.append(_same("decoder.final_layernorm.weight", "model.norm.weight", (hidden,)))
+    # Tied, the head is the embedding and is stored once in either layout.
     if not model.tie_embeddings:
         maps.append(_vocabulary(HEAD, HEAD_HF, model, vocab_size))
     return maps
@@ -93,6 +95,7 @@ def _vocabulary(key: str, name: str, model: ModelConfig, vocab_size: int) -> Who
     rows, hidden = model.padded_vocab_size(vocab_size), model.hidden_size
 
     def join(parts: Sequence[Tensor]) -> Tensor:
+        # Padding rows get no probability and no gradient, so that zeros do.
         return torch.cat((parts[0], parts[0].new_zeros(rows - vocab_size, hidden)))
 
     return Whole(key, (rows, hidden), (Part(name, (vocab_size, hidden), lambda whole: whole[:vocab_size]),), join)

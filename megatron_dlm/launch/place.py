@@ -45,7 +45,10 @@ def adopt(environment: MutableMapping[str, str] = os.environ) -> bool:
 
 def is_first_rank() -> bool:
     """Whether this process is the one that prints and writes; known before there are process groups."""
-    return not adopt() or os.environ["RANK"] == "0"
+    try:
+        return not adopt() or os.environ["RANK"] == "0"
+    except ConfigError:  # it is none of several, and says so
+        return True
 
 
 def find(environment: Mapping[str, str]) -> Place | None:
@@ -142,8 +145,8 @@ def _number(environment: Mapping[str, str], name: str, low: int, high: int) -> i
     text = environment.get(name, "")
     if not (text.isascii() and text.isdigit() and len(text) < 12 and low <= int(text) < high):
         raise ConfigError(
-            f"the environment variable {name} is {text[:40]!r}, and must be {low} to {high - 1}; start with torchrun, "
-            "srun or mpirun, or unset the variables of an earlier start"
+            f"the environment variable {name} is {text[:40]!r}; it must be from {low} to {high - 1}: start with "
+            "torchrun, srun or mpirun, or unset it"
         )
     return int(text)
 

@@ -23,6 +23,7 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__()
         self.eps = eps
+        # megatron's own way to say where; the CPU backend gives it the meaning "here".
         device = torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -80,6 +81,7 @@ class CoreAttention(MegatronModule):
     def _attend_within(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
         """[batch, heads, seq, head_dim] with row i attending to its first ``lengths[i]`` positions only."""
         seq = query.shape[2]
+        # Full rows go through one fused call; the few that are shorter take one each, on a slice.
         full = [i for i, length in enumerate(lengths) if length == seq]
         output = torch.zeros_like(query)
         if full:
@@ -91,6 +93,7 @@ class CoreAttention(MegatronModule):
         return output
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # Asked for only where it is needed: with enable_gqa torch may leave its fastest kernel.
         grouped = key.shape[1] != query.shape[1]
         dropout = self.dropout if self.training else 0.0
         if not dropout:
@@ -110,9 +113,11 @@ class CoreAttention(MegatronModule):
                 query, key, value, dropout_p=dropout, is_causal=self.causal, scale=self.scale, enable_gqa=grouped
             )
         # torch's CPU kernel would draw from the host stream, which megatron does not track.
+        # [batch, heads, seq, seq] exists here, which only dropout on a CPU needs.
         repeat = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(repeat, dim=1) for t in (key, value))
         scale = self.scale if self.scale is not None else query.shape[-1] ** -0.5
+        # The softmax in fp32, as in the fused kernels.
         scores = (query @ key.transpose(-1, -2)).float() * scale
         if self.causal:
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)

@@ -41,10 +41,12 @@ def initialize_weights(chunks: Iterable[MegatronModule], *, seed: int, num_layer
 
 @torch.no_grad()
 def _fill(tensor: ShardedTensor, seed: int, std: float) -> None:
+    # This rank's rectangle of the whole tensor: rows first to first + rows, and some columns of the others.
     first, rows = tensor.global_offset[0], tensor.local_shape[0]
     columns = tuple(
         slice(start, start + size) for start, size in zip(tensor.global_offset[1:], tensor.local_shape[1:], strict=True)
     )
+    # Blocks that reach beyond the shard are drawn whole and cut, so that a shard sees the whole tensor's values.
     for block in range(first // _ROWS, -(-(first + rows) // _ROWS)):
         begin, end = max(first, block * _ROWS), min(first + rows, (block + 1) * _ROWS)
         values = _block(seed, tensor.key, block, tuple(tensor.global_shape)).mul_(std)

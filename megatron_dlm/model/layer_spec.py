@@ -39,9 +39,11 @@ def block_submodules(
         spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
         _use_own_norms(spec.submodules, config.qk_layernorm)
         final_norm = RMSNorm
+    # The mask's type goes to the constructor of core attention, which knows causal or not.
     attention = spec.submodules.self_attention
     attention.params = {**attention.params, "attn_mask_type": mask_type}
     attention.submodules.core_attention = CoreAttention
+    # megatron builds each from the one description; which layers these are, it asks the pipeline rank.
     layers = [spec] * get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
 

@@ -54,6 +54,7 @@ def run_pipeline(
     Returns:
         The reports (or the outputs), one per micro-batch, on the last stage; an empty list elsewhere.
     """
+    # Under interleaving every chunk goes through the micro-batches by itself, so each has an iterator of its own.
     iterators = [batches(_reads_tokens(chunk)) for chunk in chunks]
 
     def forward_step(iterator: Iterator[MicroBatch], model: Chunk) -> tuple[Any, Callable[..., Any]]:

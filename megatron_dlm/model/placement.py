@@ -45,6 +45,7 @@ def place(chunks: Sequence[MegatronModule]) -> list[Placed]:
     placed = []
     for index, chunk in enumerate(chunks):
         state = chunk.sharded_state_dict(metadata=dict(CHECKPOINT_METADATA))
+        # By identity: the tensors of the description are the parameters themselves, or views of them.
         described = {id(base.data): base for base in nested_values(state) if isinstance(base.data, Tensor)}
         for name, parameter in chunk.named_parameters():
             base = described.get(id(parameter))
@@ -63,6 +64,7 @@ def _block(part: ShardedTensor, parameter: Tensor) -> Block:
         shape=tuple(part.global_shape),
         offset=tuple(part.global_offset),
         sizes=tuple(part.local_shape),
+        # A view's place in its parameter is where both begin in the storage that they share.
         begin=part.data.storage_offset() - parameter.storage_offset(),
         # megatron's (pipeline, tensor, data) copies; which data-parallel rank writes what is for the caller to say.
         is_copy=any(part.replica_id[:2]),

@@ -66,6 +66,7 @@ class DiffusionTransformer(LanguageModule):
             post_process: whether this chunk holds the final norm and the head (last stage).
             vp_stage: the chunk's number under an interleaved schedule.
         """
+        # The attributes' names are megatron's: it looks them up to tie embeddings, build layers, send activations.
         super().__init__(config=config)
         self.vocab_size = vocab_size
         self.kernels = kernels
@@ -78,6 +79,7 @@ class DiffusionTransformer(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config, padded_vocab_size, max_sequence_length=0, position_embedding_type="rope"
             )
+        # Every stage computes the angles of all positions; nothing is sent for it.
         self.rotary_pos_emb = RotaryEmbedding(
             config.kv_channels,
             rotary_percent=1.0,
@@ -100,8 +102,10 @@ class DiffusionTransformer(LanguageModule):
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,
+                # Tied on one stage: the embedding is the head. Over several stages the last has a copy of its own.
                 skip_weight_param_allocation=pre_process and tie_embeddings,
             )
+        # Copies at both ends start equal and have their gradients summed.
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -132,9 +136,11 @@ class DiffusionTransformer(LanguageModule):
         """
         # Without an embedding the block takes what `set_input_tensor` was given.
         hidden = self.embedding(tokens, None) if self.pre_process else None
+        # [seq/SP, batch, hidden], where rotary angles are wanted for the whole sequence.
         length = (self.decoder.input_tensor if hidden is None else hidden).shape[0]
         if self.config.sequence_parallel:
             length *= self.config.tensor_model_parallel_size
+        # Not a mask: our core attention takes the lengths in its place.
         hidden = self.decoder(hidden, attention_mask=lengths, rotary_pos_emb=self.rotary_pos_emb(length))
         if not self.post_process:
             return hidden
@@ -153,6 +159,7 @@ class DiffusionTransformer(LanguageModule):
     def _logits(self, hidden: Tensor, rows: Tensor, columns: int) -> Tensor:
         """The head on some positions of [batch, columns] only."""
         if self.config.sequence_parallel:
+            # The rows that are wanted may be on any rank; [seq, batch, hidden] is gathered first.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         rows = _sequence_first_rows(rows, hidden.shape[1], columns)
         return F.linear(hidden.flatten(0, 1)[rows], self.head_weight())
@@ -164,6 +171,7 @@ class DiffusionTransformer(LanguageModule):
         if rows is None:  # every position: targets go to the order of the hidden states, [seq, batch]
             targets, weights = _to_sequence_first(targets, size), _to_sequence_first(weights, size)
         else:
+            # Padding rows point behind the last position in either order.
             rows = torch.where(rows == size * seq, rows, _sequence_first_rows(rows, size, seq))
         head = self.head_weight()
         loss, cross_entropy, correct = linear_cross_entropy(
@@ -181,6 +189,7 @@ class DiffusionTransformer(LanguageModule):
             accumulate_into_main_grad=hasattr(head, "main_grad"),
             impl=self.kernels.implementation,
         )
+        # And back: what is returned lies as the batch's targets do.
         if rows is None:
             cross_entropy, correct = _to_sequence_first(cross_entropy, seq), _to_sequence_first(correct, seq)
         return TokenLosses(loss, cross_entropy, correct)

@@ -13,11 +13,12 @@ from megatron_dlm.parallel import cpu_backend
 for _message, _category in (
     (r".*Apex (is|are) not installed", UserWarning),
     (r"full scope is deprecated", UserWarning),
-    (r"When using async grad allreduce it is recommended to set", UserWarning),
     (r"`load_state_dict` is deprecated", FutureWarning),
     (r"\w+ is experimental and still under active development", UserWarning),
     (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
     (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
 ):
     warnings.filterwarnings("ignore", message=_message, category=_category)
-cpu_backend.install_without_gpu()
+if cpu_backend.install_without_gpu():
+    # The variable is CUDA_DEVICE_MAX_CONNECTIONS: with GPUs a user should know, without it says nothing.
+    warnings.filterwarnings("ignore", message=r"When using .* it is recommended to set the environment variable CUDA")

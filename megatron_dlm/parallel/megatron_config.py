@@ -10,23 +10,24 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dlm.config.check import require_number
 from megatron_dlm.config.tree import Config
 from megatron_dlm.errors import ConfigError
 
 T = TypeVar("T")
 
-# What may be passed through, and its type. A list of what is accepted, because megatron's configurations have
-# hundreds of fields that need a feature which our model does not build: taken silently, they would leave a run that
-# is not what its configuration says. Every entry is tested to have its effect.
-_PASS_THROUGH: dict[type, dict[str, type]] = {
+# What may be passed through, its type, and its smallest and largest value. A list of what is accepted, because
+# megatron's configurations have hundreds of fields that need a feature which our model does not build: taken silently,
+# they would leave a run that is not what its configuration says. Every entry is tested to have its effect.
+_PASS_THROUGH: dict[type, dict[str, tuple[type, float, float]]] = {
     TransformerConfig: {
-        "softmax_scale": float,
-        "rotary_interleaved": bool,
-        "activation_func_clamp_value": float,
-        "glu_linear_offset": float,
+        "softmax_scale": (float, 1e-30, 1e30),
+        "rotary_interleaved": (bool, 0, 1),
+        "activation_func_clamp_value": (float, 1e-30, 1e30),
+        "glu_linear_offset": (float, -1e30, 1e30),
     },
-    DistributedDataParallelConfig: {"overlap_grad_reduce": bool, "bucket_size": int},
-    OptimizerConfig: {"adam_eps": float, "decoupled_lr": float},
+    DistributedDataParallelConfig: {"overlap_grad_reduce": (bool, 0, 1), "bucket_size": (int, 1, 2**40)},
+    OptimizerConfig: {"adam_eps": (float, 1e-30, 1e3), "decoupled_lr": (float, 1e-30, 1e3)},
 }
 
 
@@ -138,7 +139,7 @@ def _build(kind: type[T], owned: dict[str, Any], defaults: dict[str, Any], extra
             raise ConfigError(f"{where}.{name} is set by megatron_dlm's own keys; remove it from {where}")
         if name not in accepted:
             raise ConfigError(f"{where} takes no {name}; it takes: {', '.join(accepted)}")
-        _check_type(accepted[name], value, f"{where}.{name}")
+        _check(value, f"{where}.{name}", *accepted[name])
     try:
         return kind(**{**defaults, **extra, **owned})
     except (AssertionError, TypeError, ValueError) as error:
@@ -146,8 +147,9 @@ def _build(kind: type[T], owned: dict[str, Any], defaults: dict[str, Any], extra
         raise ConfigError(f"megatron-core refuses {where}: {reason}") from error
 
 
-def _check_type(expected: type, value: Any, name: str) -> None:
+def _check(value: Any, name: str, expected: type, low: float, high: float) -> None:
     if expected is bool and not isinstance(value, bool):
         raise ConfigError(f"{name} is {value!r}; give true or false")
     if expected is not bool and (isinstance(value, bool) or not isinstance(value, (int, expected))):
         raise ConfigError(f"{name} is {value!r}; give {'a number' if expected is float else 'an integer'}")
+    require_number(name, value, low, high)

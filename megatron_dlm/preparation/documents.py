@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,12 +10,20 @@ from typing import Any, NamedTuple
 
 from megatron_dlm.errors import DataError
 from megatron_dlm.packages import optional_module
-from megatron_dlm.preparation.records import parquet_columns, read_json_lines, read_lines, read_parquet, read_text
+from megatron_dlm.preparation.records import (
+    parquet_columns,
+    read_json_lines,
+    read_lines,
+    read_parquet,
+    read_text,
+    require_length,
+)
 
 # Tests, vendored packages and what a build writes: not the library's own source.
 _EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _EXCLUDED_FILES = ("pydoc_data/topics.py", "_sysconfigdata")
 
+_ROWS = 1024  # of a dataset folder that are in memory at a time
 _JSON_SUFFIXES = {".jsonl", ".json"}
 
 EMBEDDED_PARTS = ("source", "reference")
@@ -51,12 +60,14 @@ def find_inputs(inputs: Iterable[str | Path]) -> list[Path]:
     """Files and dataset folders to read, in order: the inputs as given, other folders replaced by their files, sorted.
 
     Raises:
-        DataError: an input does not exist, or a folder has no visible file in it.
+        DataError: an input does not exist or may have no end, or a folder has no visible file in it.
     """
     found: list[Path] = []
-    for path in map(Path, inputs):
-        if not path.exists():
-            raise DataError(f"the input {path} does not exist: check the path")
+    for given in inputs:
+        if not str(given).strip():
+            raise DataError("an input is an empty text: give the path of a file or a folder")
+        path = Path(given)
+        _require_end(path)
         if not path.is_dir() or _is_dataset_folder(path):
             found.append(path)
             continue
@@ -95,6 +106,17 @@ def read_documents(
             yield Document(read_text(path), str(path))
 
 
+def _require_end(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise DataError(f"the input {path} does not exist: check the path") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the input {path}: {getattr(error, 'strerror', error)}; check the path") from None
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise DataError(f"the input {path} is a pipe or a device, which may have no end: write its text to a file")
+
+
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
@@ -105,10 +127,11 @@ def _is_dataset_folder(path: Path) -> bool:
 
 def _read_blocks(path: Path) -> Iterator[Document]:
     block: list[str] = []
-    first = ""
+    first, size = "", 0
     for line, origin in read_lines(path):
         if line.strip():
-            first = first if block else origin
+            first, size = (first, size + len(line)) if block else (origin, len(line))
+            require_length(size, first)
             block.append(line)
         elif block:
             yield Document("".join(block), first)
@@ -138,14 +161,20 @@ def _read_dataset_folder(path: Path, text_key: str) -> Iterator[Document]:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(p.parent.name for p in path.glob("*/state.json")) or ["train"]
         raise DataError(f"{path} holds several splits ({', '.join(splits)}): give one, such as {path / splits[0]}")
+    row = 0
     try:
         dataset = datasets.load_from_disk(str(path))
+        if text_key not in dataset.column_names:
+            raise DataError(f"{path} has no column {text_key!r}: {_name_key(dataset.column_names)}")
+        for table in dataset.select_columns([text_key]).with_format("arrow").iter(batch_size=_ROWS):
+            table.validate(full=True)  # a wrong offset would be read through a memory map, which kills the process
+            for text in table.column(0).to_pylist():
+                row += 1
+                yield _document(text, f"{path} row {row}", text_key)
+    except DataError:
+        raise
     except Exception as error:  # pyarrow, json or the file system, whatever part is damaged
         raise DataError(f"{path} is not a readable dataset folder ({_first_line(error)}): save it again") from error
-    if text_key not in dataset.column_names:
-        raise DataError(f"{path} has no column {text_key!r}: {_name_key(dataset.column_names)}")
-    for row, record in enumerate(dataset.select_columns([text_key]), 1):
-        yield _document(record[text_key], f"{path} row {row}", text_key)
 
 
 def _document(text: Any, origin: str, text_key: str) -> Document:

@@ -38,7 +38,7 @@ def prepare(options: PrepareOptions, *, workers: int = 1, overwrite: bool = Fals
     """
     check(options, workers)
     paths = find_inputs(options.inputs)
-    given = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    given = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
     request = request_of(options, paths, given)
     output = options.output
     if not overwrite:

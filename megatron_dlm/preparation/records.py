@@ -17,6 +17,8 @@ from megatron_dlm.errors import DataError
 from megatron_dlm.packages import optional_module
 
 _ROWS = 1024  # of a parquet file that are in memory at a time
+_LONGEST = 2**30  # bytes of a text or a line: it is in memory, and its tokens are too
+_BOM = "\ufeff"
 
 
 class Record(NamedTuple):
@@ -39,7 +41,8 @@ def read_json_lines(path: Path) -> Iterator[Record]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):  # of brackets that are nested too deep
-            raise DataError(f"{origin} is not JSON; give one JSON object in every line") from None
+            damaged = ", or the file is damaged" if path.suffix == ".gz" else ""  # which its end would say
+            raise DataError(f"{origin} is not JSON{damaged}; give one JSON object in every line") from None
         yield Record(value, origin)
 
 
@@ -67,21 +70,34 @@ def parquet_columns(path: Path) -> list[str]:
 
 
 def read_lines(path: Path) -> Iterator[Record]:
-    """The lines of a UTF-8 text, with their ends; a file that ends in .gz is decompressed.
+    """The lines of a UTF-8 text, with their ends, without a byte-order mark; a .gz file is decompressed.
 
     Raises:
-        DataError: it cannot be read, or is damaged or not UTF-8; one line.
+        DataError: it cannot be read, is damaged or not UTF-8, or a line has more than 2**30 bytes; one line.
     """
     with _opened(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST + 1), b""), 1):
             origin = f"{path} line {number}"
-            yield Record(_decode(line, origin), origin)
+            require_length(len(line), origin)
+            text = _decode(line, origin)
+            yield Record(text.removeprefix(_BOM) if number == 1 else text, origin)
 
 
 def read_text(path: Path) -> str:
-    """The whole of a UTF-8 text. Raises ``DataError`` as ``read_lines``."""
+    """The whole of a UTF-8 text, of at most 2**30 bytes. Raises ``DataError`` as ``read_lines``."""
     with _opened(path) as file:
-        return _decode(file.read(), str(path))
+        content = file.read(_LONGEST + 1)
+    require_length(len(content), str(path))
+    return _decode(content, str(path)).removeprefix(_BOM)
+
+
+def require_length(size: int, where: str) -> None:
+    """Raise ``DataError`` where a text or line of ``size`` bytes is too long to be one document."""
+    if size > _LONGEST:
+        raise DataError(
+            f"{where} is longer than the {_LONGEST} bytes that one document may have: divide it, or use "
+            "--split-on-blank-lines for a text that has blank lines"
+        )
 
 
 @contextlib.contextmanager

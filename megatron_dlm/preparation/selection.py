@@ -46,7 +46,7 @@ def held_out(keys: np.ndarray, fraction: float) -> np.ndarray:
     if chosen.all():
         raise DataError(
             f"--valid-fraction {fraction} of {len(keys)} documents leaves none to train on: "
-            "give more documents or --valid-fraction 0"
+            "give more documents or --valid-fraction 0, or --split-on-blank-lines where one text holds several"
         )
     return chosen
 

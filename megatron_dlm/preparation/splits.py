@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import warnings
 from pathlib import Path
@@ -59,13 +60,14 @@ def write_split(
     order = permute(np.arange(n, dtype=np.int64), n, request["seed"], Stream.DOCUMENT_SHUFFLE, purpose=SPLITS[name])
     bin_path, idx_path = staging / f"{name}.bin", staging / f"{name}.idx"
     builder = builder_type(str(bin_path), dtype=dtype)
-    largest = 0
+    largest, digest = 0, hashlib.sha256()
     with tqdm(desc=f"write {name}", unit=" tokens", unit_scale=True, disable=quiet) as bar:
         for document in documents[order].tolist():
             length = int(spool.lengths[document])
             content = tokens[ends[document] - length : ends[document]]
             largest = max(largest, int(content.max()))
             builder.add_document(content, [length])
+            digest.update(content.tobytes())
             bar.update(length)
     builder.finalize(str(idx_path))
     metadata = Metadata(
@@ -81,6 +83,10 @@ def write_split(
         bin_bytes=bin_path.stat().st_size,
         idx_bytes=idx_path.stat().st_size,
         request=request,
+        bin_sha256=digest.hexdigest(),
+        idx_sha256=hashlib.sha256(idx_path.read_bytes()).hexdigest(),
+        bin_mtime=int(bin_path.stat().st_mtime),
+        idx_mtime=int(idx_path.stat().st_mtime),
     )
     metadata.write(staging / f"{name}.json")
     return metadata

@@ -95,17 +95,21 @@ class DLMForMaskedDiffusion(Qwen3PreTrainedModel, GenerationMixin):
                 raise ValueError("labels need input_ids, and the logits of all positions: leave out rows")
             input_ids = _noised(input_ids, labels, self.config.mask_token_id, generator)
         if position_ids is None and attention_mask is not None:
+            # Padding at the left must not move the positions: each token counts the real ones before it.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
+        # With fused attention None where nothing is padded, which leaves it its fastest kernels.
         mask = create_bidirectional_mask(self.config, inputs_embeds, attention_mask)
         hidden = self.model(
             inputs_embeds=inputs_embeds,
+            # A mapping is taken as it is; a tensor would be made causal.
             attention_mask={"full_attention": mask},
             position_ids=position_ids,
             use_cache=False,
             **{name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs},
         )
+        # The head on the positions that are wanted only: logits of all would be the largest tensor by far.
         last = hidden.last_hidden_state
         logits = self.lm_head(last if rows is None else last.flatten(0, 1)[rows])
         loss = None
@@ -164,11 +168,13 @@ class DLMForMaskedDiffusion(Qwen3PreTrainedModel, GenerationMixin):
         new, end = known.pop("max_new_tokens") or 0, ends["eos_token_id"]
         if new < 0:
             raise ValueError(f"max_new_tokens is {new}; it must not be negative")
+        # transformers allows several ends; the sampler knows one.
         end = end[0] if isinstance(end, list) else end
         vocabulary = Vocabulary(self.config.mask_token_id, end)
         if new == 0 and end is not None:  # an infilled text goes on behind its masks
             vocabulary = vocabulary.forbidding([end])
         real = torch.ones_like(prompts) if attention_mask is None else attention_mask
+        # The sampler pads by itself and at the right: it is given what is real.
         samples = sample(
             self.denoise,
             [row[keep.bool()].tolist() for row, keep in zip(prompts, real, strict=True)],
@@ -186,6 +192,7 @@ class DLMForMaskedDiffusion(Qwen3PreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig | None, given: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """(``max_new_tokens`` and the sampler's options, the end and padding ids); ``given`` goes before the rest."""
+        # Keywords go before the configuration given, and that before the model's own.
         first = generation_config if generation_config is not None else self.generation_config
         names = ["max_new_tokens", *(field.name for field in fields(SamplerOptions))]
         known = {name: getattr(first, name, None) for name in names}
@@ -222,6 +229,7 @@ def _as_padded(prompts: Tensor, real: Tensor, samples: Samples, new: int, paddin
     for row, (tokens, keep, continuation) in enumerate(
         zip(samples.tokens, real.bool(), samples.continuations, strict=True)
     ):
+        # The prompt back to where its tokens were; the new tokens behind the padded width.
         start = int(keep.sum())
         output[row, : prompts.shape[1]][keep] = output.new_tensor(tokens[:start])
         found = tokens[start : start + len(continuation) + 1]  # with end-of-document, if there is one
@@ -233,13 +241,17 @@ def _as_padded(prompts: Tensor, real: Tensor, samples: Samples, new: int, paddin
 
 def _noised(input_ids: Tensor, labels: Tensor, mask_token_id: int, generator: torch.Generator | None) -> Tensor:
     """``input_ids`` with masks at labelled positions: a row's own if it has some, else k of its L."""
+    # A row that brings its own masks at labelled positions is left as it is.
     eligible = labels != _IGNORED
     clean = ~((input_ids == mask_token_id) & eligible).any(1, keepdim=True)
     device = input_ids.device if generator is None else generator.device
+    # [batch, 1 + seq] numbers: the first decides how many, the others which. On the generator's device, which may be
+    # another.
     uniform = torch.rand(input_ids.shape[0], input_ids.shape[1] + 1, device=device, generator=generator)
     uniform = uniform.to(input_ids.device)
     total = eligible.sum(1, keepdim=True)
     count = (uniform[:, :1] * total).long() + 1  # uniform on 1..L; above the ranks of a row that has no labels
+    # Ranks among a row's labelled tokens: 2 is above every uniform number, so the others come last.
     rank = uniform[:, 1:].masked_fill(~eligible, 2.0).argsort(1).argsort(1)
     return input_ids.masked_fill((rank < count) & eligible & clean, mask_token_id)
 

@@ -96,6 +96,7 @@ def sample(
         ValueError: a prompt without tokens and no new ones, or fewer ``steps`` than blocks.
     """
     options = options or SamplerOptions()
+    # Everything about the rows is in `state`; what follows only asks the model and chooses.
     state = _State(prompts, options, vocabulary, max_new_tokens, device)
     forbidden = torch.tensor(vocabulary.unwritten, device=device)
     forwards = sequence_forwards = 0
@@ -105,10 +106,12 @@ def sample(
     while active := state.unfinished():
         tokens, lengths, rows, counts = state.inputs(active)
         if options.guidance:
+            # The prompt hidden: what the model says without having read it.
             without = tokens.masked_fill(state.given[active, : tokens.shape[1]], vocabulary.mask_token_id)
             logits = _guided(denoise, tokens, without, lengths, rows, options.guidance)
         else:
             logits = denoise(tokens, lengths, rows)
+        # In fp64, because the most certain of thousands of candidates are compared; [MASK] is never one.
         logits = logits.double().index_fill_(1, forbidden, float("-inf"))
         generators = [state.generators[row] for row in active]
         candidates, probability, confidence = _candidates(logits, counts, options, generators)
@@ -128,10 +131,12 @@ def next_token(denoise: Denoise, first_token_id: int) -> Denoise:
 
     def shifted(tokens: Tensor, lengths: Tensor | None, rows: Tensor) -> Tensor:
         size, seq = tokens.shape
+        # What is behind the last position asked for cannot matter to a causal model.
         columns = int((rows % seq).max()) + 1
         first = tokens.new_full((size, 1), first_token_id)
         inputs = torch.cat((first, tokens[:, : columns - 1]), dim=1)
         lengths = None if lengths is None else lengths.clamp(max=columns)
+        # The same positions as flat indices into the narrower [batch, columns].
         return denoise(inputs, lengths, rows // seq * columns + rows % seq)
 
     return shifted
@@ -156,11 +161,13 @@ class _State:
             raise ValueError("a prompt has no tokens, and no new ones are wanted; give max_new_tokens")
         width = max(self.lengths)
         mask = vocabulary.mask_token_id
+        # [batch, seq], prompts at the left; behind a row's own length there is padding, which `inside` leaves out.
         padded = [[*prompt, *[mask] * (width - len(prompt))] for prompt in prompts]
         self.tokens = torch.tensor(padded, dtype=torch.int64, device=device)
         self.size = torch.tensor(self.lengths)
         column = torch.arange(width, device=device)
         inside = column < self.size.to(device)[:, None]
+        # `new`: behind the prompt. `masked`: still to be filled in. `given`: what was there from the start.
         self.new = inside & (column >= torch.tensor(self.prompt_lengths, device=device)[:, None])
         self.masked = inside & (self.tokens == mask)
         self.given = inside & ~self.masked
@@ -178,6 +185,7 @@ class _State:
         """Rows with a mask, and one before the first new end-of-document."""
         relevant = self.masked  # [batch, seq]
         if self.end_of_document_id is not None:
+            # From the first new end-of-document on a row is finished, whatever is still masked there.
             ended = (self.new & (self.tokens == self.end_of_document_id)).cumsum(1) > 0
             relevant = relevant & ~ended
         return relevant.any(1).nonzero().flatten().tolist()
@@ -211,6 +219,7 @@ class _State:
         # And to the list again, from there to the places [row, column] in the whole batch.
         keep = keep.flatten()[rows]
         where, column = torch.tensor(active, device=rows.device)[rows[keep] // width], rows[keep] % width
+        # Only here do the rows change. `revealed` and `confidence` are of this step alone.
         self.tokens[where, column] = candidates[keep]
         self.masked[where, column] = False
         self.revealed.zero_()[where, column] = True
@@ -228,6 +237,7 @@ class _State:
     def rows(self) -> list[list[int]]:
         """The finished rows."""
         end = self.end_of_document_id
+        # Without padding, and with nothing but the end behind the first new end-of-document.
         rows = [row[:length] for row, length in zip(self.tokens.tolist(), self.lengths, strict=True)]
         for row, start in zip(rows, self.prompt_lengths, strict=True):
             if end is not None and end in row[start:]:
@@ -249,8 +259,10 @@ def _guided(
     The condition that is left out is the prompt: ``without`` is ``tokens`` [batch, seq] with [MASK] in its place.
     """
     both = None if lengths is None else lengths.repeat(2)
+    # Both in one forward: the positions of the second half are moved by the size of the first.
     logits = denoise(torch.cat((tokens, without)), both, torch.cat((rows, rows + tokens.numel()))).double()
     conditional, unconditional = logits.chunk(2)
+    # With guidance 0 this is the conditional one, with -1 the unconditional one.
     return unconditional + (guidance + 1) * (conditional - unconditional)
 
 
@@ -272,9 +284,11 @@ def _candidates(
         candidates = logits.argmax(1)
     else:
         allowed = _nucleus(logits, options)
+        # Every row draws from its own generator, so that its text does not depend on the rows beside it.
         noise = torch.cat([_uniform((n, logits.shape[1]), g) for n, g in zip(counts, generators, strict=True)])
         # exp(logit) / (-log u)**T, LLaDA's form of the Gumbel trick, in logarithms: it cannot overflow.
         candidates = (allowed - options.temperature * noise.log_().neg_().log_()).argmax(1)
+    # At temperature 1, whatever was drawn: the confidence is the model's own.
     probability = probabilities.gather(1, candidates[:, None])[:, 0]
     if options.remasking == "low_confidence":
         confidence = probability
@@ -293,6 +307,7 @@ def _nucleus(logits: Tensor, options: SamplerOptions) -> Tensor:
     if options.top_p == 1:
         return logits
     ordered, order = (logits / options.temperature).softmax(1).sort(dim=1, descending=True)
+    # Before adding itself, so that the token that reaches top_p is still inside, and one always is.
     outside = ordered.cumsum(1) - ordered >= options.top_p
     return logits.masked_fill(torch.zeros_like(outside).scatter_(1, order, outside), float("-inf"))
 

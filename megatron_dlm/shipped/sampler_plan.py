@@ -110,6 +110,7 @@ def plan(masks: int, steps: int | None = None, block_length: int | None = None) 
     Raises:
         ValueError: fewer steps than blocks.
     """
+    # The last block may be shorter.
     length = block_length or max(masks, 1)
     blocks = [min(length, masks - start) for start in range(0, masks, length)]
     if steps is not None and steps < len(blocks):
@@ -122,6 +123,7 @@ def plan(masks: int, steps: int | None = None, block_length: int | None = None) 
     for left, share in zip(blocks, _shared(masks if steps is None else steps, blocks), strict=True):
         reached += left
         for step in range(share):
+            # What is left over what is left of the steps, rounded up: it comes out even.
             kept = -(-left // (share - step))
             planned.append(PlannedStep(left, kept, reached))
             left -= kept
@@ -132,6 +134,7 @@ def _shared(steps: int, blocks: list[int]) -> list[int]:
     """Steps of every block, at least one and at most one for each of its masks; equal blocks share as in LLaDA."""
     total = sum(blocks)
     steps = min(steps, total)
+    # In proportion to the masks, at least one step a block; then what is left, one each from the left.
     shares = [max(1, steps * count // total) for count in blocks]
     for index, count in enumerate(blocks):
         if sum(shares) < steps and shares[index] < count:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 
@@ -37,22 +38,29 @@ def dry_batch(training: Training, progress: Progress) -> str:
         ConfigError: the memory does not suffice; one line with the settings that need less.
     """
     started = time.perf_counter()
-    try:
+    with refusing_out_of_memory(lambda: _advice(training.config)):
         moments = _missing_moments(training)
         _train(training, progress)
         training.optimizer.zero_grad()
         if training.valid_stream is not None:
             _evaluate(training)
         del moments
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ConfigError(_advice(training.config)) from error
     peak = torch.tensor([_peak_gib()], dtype=torch.float64, device=training.topology.device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     if training.topology.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # the log line shows what training itself takes
     return f"dry batch  ok in {time.perf_counter() - started:.1f} s | peak {float(peak):.1f} GiB"
+
+
+@contextlib.contextmanager
+def refusing_out_of_memory(advice: Callable[[], str]) -> Iterator[None]:
+    """Make a ``ConfigError`` with this ``advice`` of an allocation in the block that fails."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(advice()) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from megatron_dlm.checkpoint.collective import on_rank_zero
+from megatron_dlm.config.tree import SourceConfig
+from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.training.held_out import held_out_nelbo, unigram_cross_entropy
+from megatron_dlm.training.saving import describe_sources
 from megatron_dlm.training.state import Training
 
 
@@ -41,6 +48,7 @@ class Evaluator:
         self._training = training
         self._questions = questions
         self._unigram: float | None = None
+        self._data: str | None = None
 
     def is_due(self, step: int) -> bool:
         """Every ``evaluate.interval`` steps and after the last one, where there is something to do."""
@@ -58,11 +66,12 @@ class Evaluator:
             return None
         result = held_out_nelbo(training.chunks, training.valid_stream, training.topology, num_sequences=count)
         if self._unigram is None:
-            counts = training.train_stream.dataset.unigram_counts(training.tokenizer.vocab_size)
-            self._unigram = unigram_cross_entropy(counts, training.valid_stream.dataset.sequences(np.arange(count)))
+            self._unigram = on_rank_zero(partial(self._unigram_cross_entropy, training.valid_stream.dataset))
+            self._data = data_name(training.config.data.valid, training.valid_stream.dataset)
         bits_per_byte = 1 / math.log(2) / training.valid_stream.dataset.bytes_per_token
         return {
             "step": step,
+            "valid_data": self._data,
             "valid_nelbo": result.nelbo,
             "valid_nelbo_ci95": result.ci95,
             "valid_bits_per_byte": result.nelbo * bits_per_byte,
@@ -72,3 +81,14 @@ class Evaluator:
             "valid_sequences": result.sequences,
             **(self._questions.figures() if self._questions else {}),
         }
+
+
+def data_name(sources: list[SourceConfig], data: Dataset) -> str:
+    """``valid-1a2b3c4d``: the names of the sources, and a digest of what is in them and of their shares."""
+    digest = hashlib.sha256(repr(describe_sources(sources, data)).encode()).hexdigest()
+    return "-".join([*(Path(source.path).name for source in sources), digest[:8]])
+
+    def _unigram_cross_entropy(self, held_out: Dataset) -> float:
+        """Counted by one rank: the figure is the same on all, and so are the files."""
+        counts = self._training.train_stream.dataset.unigram_counts(self._training.tokenizer.vocab_size)
+        return unigram_cross_entropy(counts, held_out.sequences(np.arange(self._training.valid_sequences)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_dlm.config.differences import Difference
 from megatron_dlm.config.tree import Config
+from megatron_dlm.errors import TrainingError
 from megatron_dlm.files import written_beside
 from megatron_dlm.formatting import format_count, format_duration, shown
-from megatron_dlm.run_folder import RunFolder, is_evaluation, read_lines
+from megatron_dlm.run_folder import RunFolder, is_configuration, is_evaluation, read_lines
 
 
 def format_line(record: dict[str, Any], *, steps: int) -> str:
@@ -61,13 +65,13 @@ class Reporter:
             return
         folder = RunFolder(Path(config.run.directory))
         folder.path.mkdir(parents=True, exist_ok=True)
-        self._evaluated: set[int] = set()
+        self._evaluated: set[tuple[int, Any]] = set()
         for record in _drop_after(folder.metrics, first_step):
             if is_evaluation(record):
-                self._evaluated.add(record["step"])
+                self._evaluated.add(_evaluated(record))
             elif record["step"] == first_step:
                 self.flops_before = record.get("training_flops")
-        self._samples = folder.samples
+        self._folder, self._samples = folder, folder.samples
         self._sampled = {record["step"] for record in _drop_after(self._samples, first_step)}
         self._recent: list[dict[str, Any]] = []
         self._file = folder.metrics.open("a", encoding="utf-8", buffering=1)
@@ -94,11 +98,21 @@ class Reporter:
             self.say(format_line(averaged(self._recent), steps=self.steps))
             self._recent.clear()
 
+    def configuration(self, step: int, changes: Sequence[Difference]) -> None:
+        """Record the keys that the configuration has changed after ``step`` steps, and print a line for each."""
+        if not self.active:
+            return
+        values = {key: {"before": before, "after": after} for key, before, after in changes}
+        values = json.loads(json.dumps(values, default=str))  # YAML knows more kinds of values, binary ones and sets
+        self._write({"step": step, "kind": "configuration", "changes": values})
+        for key, change in values.items():
+            self.say(f"changed    {key}: {json.dumps(change['before'])} -> {json.dumps(change['after'])}")
+
     def evaluation(self, record: dict[str, Any]) -> None:
         """Record one evaluation and print it."""
         if not self.active:
             return
-        if record["step"] not in self._evaluated:
+        if _evaluated(record) not in self._evaluated:
             self._write(record)
         self.say(
             f"step {record['step']}/{self.steps} | valid {self._likelihood} {record['valid_nelbo']:.4f} +- "
@@ -114,11 +128,12 @@ class Reporter:
             return
         if step not in self._sampled:
             lines = [json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n" for prompt, text in samples]
-            with self._samples.open("a", encoding="utf-8") as file:
+            with _naming(self._samples), self._samples.open("a", encoding="utf-8") as file:
                 file.write("".join(lines))
         for index, (prompt, text) in enumerate(samples):
             if self._board:
-                self._board.add_text(f"samples/{index}", _as_markdown(prompt + text), step)
+                with _naming(self._folder.tensorboard):
+                    self._board.add_text(f"samples/{index}", _as_markdown(prompt + text), step)
             self.say(f"step {step}/{self.steps} | sample {index}: {shown(prompt)} -> {shown(text)}")
 
     def say(self, line: str) -> None:
@@ -134,13 +149,20 @@ class Reporter:
         if self.active:
             if self._bar is not None:
                 self._bar.close()
-            self._file.close()
+            with _naming(self._folder.metrics):
+                self._file.close()
             if self._board:
-                self._board.close()
+                with _naming(self._folder.tensorboard):
+                    self._board.close()
 
     def _write(self, record: dict[str, Any]) -> None:
         record = {key: _finite_or_none(value) for key, value in record.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        with _naming(self._folder.metrics):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        with _naming(self._folder.tensorboard):
+            self._add_scalars(record)
+
+    def _add_scalars(self, record: dict[str, Any]) -> None:
         for key, value in record.items():
             values = (
                 {f"{key}/{i / 10:.1f}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
@@ -148,6 +170,18 @@ class Reporter:
             for name, number in values.items():
                 if self._board and name != "step" and isinstance(number, (int, float)):
                     self._board.add_scalar(name, number, record["step"])
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Make a ``TrainingError`` that names what cannot be written, on a full disk, say."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write {path}: {error.strerror or error}; make room or correct that, and the same command goes on "
+            "from the newest checkpoint, if there is one"
+        ) from None
 
 
 def _accuracies(record: dict[str, Any]) -> Iterator[str]:
@@ -171,6 +205,14 @@ def _tensorboard(directory: Path, first_step: int) -> Any:
     except ImportError:
         print("TensorBoard is not installed, so there are no events: pip install 'megatron-dlm[log]'", file=sys.stderr)
         return None
+    show = threading.excepthook
+
+    def hook(ended: threading.ExceptHookArgs) -> None:
+        """TensorBoard's writing thread hands its error to the next call, which says it in a line."""
+        if not (isinstance(ended.exc_value, OSError) and "AsyncWriter" in type(ended.thread).__name__):
+            show(ended)
+
+    threading.excepthook = hook
     return SummaryWriter(str(directory), purge_step=first_step + 1)
 
 
@@ -178,11 +220,20 @@ def _finite_or_none(value: Any) -> Any:
     """JSON has no NaN and no infinity, and a step with a NaN loss must be recorded like any other."""
     if isinstance(value, list):
         return [_finite_or_none(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _finite_or_none(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _evaluated(record: dict[str, Any]) -> tuple[int, Any]:
+    """What an evaluation is of: the step, and the held-out data, which a resumed run may have exchanged."""
+    return record["step"], record.get("valid_data")
 
 
 def _drop_after(path: Path, first_step: int) -> Iterator[dict[str, Any]]:
     """Forget records after the step that a resumed run continues from, so that no step stands twice.
+
+    So are changes of the configuration at that step: they are of the steps after it.
 
     Yields the others; the file is replaced when the last one has been taken.
     """
@@ -190,6 +241,6 @@ def _drop_after(path: Path, first_step: int) -> Iterator[dict[str, Any]]:
         return
     with written_beside(path) as partial, partial.open("w", encoding="utf-8") as kept:
         for record in read_lines(path, skip_damaged=True):
-            if record["step"] <= first_step:
+            if record["step"] <= first_step - is_configuration(record):
                 kept.write(json.dumps(record) + "\n")
                 yield record

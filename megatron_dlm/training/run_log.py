@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dlm_kernels.implementation import resolve
+from megatron_dlm.checkpoint.stored import CONFIG
 from megatron_dlm.config.load import dump_yaml
 from megatron_dlm.errors import TrainingError
 from megatron_dlm.files import write_text
 from megatron_dlm.flops import parameter_count, training_flops
 from megatron_dlm.formatting import format_count, format_duration
 from megatron_dlm.model.layer_spec import uses_transformer_engine
+from megatron_dlm.packages import versions
 from megatron_dlm.run_folder import RunFolder
 from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.reporter import Reporter
+from megatron_dlm.training.saving import changed_since
 from megatron_dlm.training.state import Training
 from megatron_dlm.training.step import StepReport
 from megatron_dlm.training.throughput import Throughput
@@ -35,10 +37,10 @@ class RunLog:
         self._started = time.perf_counter()
         self._evaluation: dict[str, Any] | None = None
         self._reporter = Reporter(config, active=active, steps=training.steps, first_step=first_step)
-        if active:
-            write_text(RunFolder(Path(config.run.directory)).config, dump_yaml(config))
         for line in banner(training, resumed):
             self._reporter.say(line)
+        if active:
+            self._configuration(RunFolder(Path(config.run.directory)), resumed)
         self._throughput = Throughput(
             config,
             vocab_size=training.tokenizer.vocab_size,
@@ -47,6 +49,14 @@ class RunLog:
             first_step=first_step,
             flops_before=self._reporter.flops_before,
         )
+
+    def _configuration(self, folder: RunFolder, resumed: Path | None) -> None:
+        """Write the configuration; keep and record what it replaces, where it is not that of the checkpoint."""
+        config, step = self._training.config, self._first_step
+        if resumed and (changes := changed_since(resumed, config)):
+            write_text(folder.earlier_config(step), (resumed / CONFIG).read_text(encoding="utf-8"))
+            self._reporter.configuration(step, changes)
+        write_text(folder.config, dump_yaml(config))
 
     def note(self, line: str) -> None:
         """Print a line of the banner on rank 0."""
@@ -136,8 +146,8 @@ def banner(training: Training, resumed: Path | None) -> list[str]:
     backend = "NCCL" if gpu else "gloo, megatron-core on the CPU backend"
     layers = "Transformer Engine" if uses_transformer_engine() else "megatron_dlm's own"
     lines = [
-        f"versions   megatron_dlm {version('megatron-dlm')} | megatron-core {version('megatron-core')} | "
-        f"torch {torch.__version__}",
+        "versions   "
+        + " | ".join(" ".join(item) for item in versions(("megatron_dlm", "megatron-core", "torch")).items()),
         f"objective  {config.model.objective} | seed {config.run.seed} | {config.train.precision}",
         f"layout     {topology} on {topology.world_size} x {device} | {backend} | layers: {layers} | "
         f"kernels: {resolve(config.kernels.implementation, topology.device)}",

@@ -30,13 +30,16 @@ from megatron_dlm.checkpoint.stored import (
     checkpoints,
     find_fault,
     point_latest,
+    read_info,
 )
+from megatron_dlm.checkpoint.tensor_files import COMMON
+from megatron_dlm.config.differences import Difference, differences
 from megatron_dlm.config.load import dump_yaml, read_stored
-from megatron_dlm.config.tree import Config
+from megatron_dlm.config.tree import Config, SourceConfig
 from megatron_dlm.data.dataset import Dataset
 from megatron_dlm.data.tokenizer import Tokenizer
 from megatron_dlm.errors import ConfigError, TrainingError
-from megatron_dlm.files import flush
+from megatron_dlm.files import flush, json_text
 from megatron_dlm.model.initialization import CHECKPOINT_METADATA
 from megatron_dlm.model.placement import place
 from megatron_dlm.packages import versions
@@ -52,13 +55,13 @@ _METADATA = {
 # What defines the trajectory: a resumed run must have the same values. Layout, precision, schedule and
 # intervals may change.
 _BINDING = (
-    "model",
-    "diffusion",
-    "autoregressive",
-    "run.seed",
-    "data.sequence_length",
-    "data.unique_tokens",
-    "train.global_batch_size",
+    "model.",
+    "diffusion.",
+    "autoregressive.",
+    "run.seed.",
+    "data.sequence_length.",
+    "data.unique_tokens.",
+    "train.global_batch_size.",
 )
 
 
@@ -135,7 +138,7 @@ def load(training: Training, directory: Path) -> Progress:
     """
     try:
         common = on_rank_zero(lambda: read_common(directory))
-        training.optimizer.load_common_state(common["optimizer"])
+        progress = _take_over(training, common)
         read_pieces(_pieces(training, saving=False), directory)
     except (OSError, CheckpointException, pickle.UnpicklingError) as error:
         if isinstance(first_failure(error), Damaged):
@@ -143,7 +146,16 @@ def load(training: Training, directory: Path) -> Progress:
         raise TrainingError(f"cannot read checkpoint {directory}: {cause(error)}; restore or remove it") from None
     for chunk in training.chunks:
         chunk.start_param_sync(force_sync=True)  # every rank has its own share of the weights, and gets the others
-    return Progress(*(int(common.get(name, 0)) for name in Progress._fields))
+    return progress
+
+
+def _take_over(training: Training, common: dict[str, Any]) -> Progress:
+    """Give the optimizer what is no tensor. Raises ``pickle.UnpicklingError`` where that is something else."""
+    try:
+        training.optimizer.load_common_state(common["optimizer"])
+        return Progress(*(int(common.get(name, 0)) for name in Progress._fields))
+    except Exception as error:  # megatron's optimizer says in many ways that it is not its own
+        raise pickle.UnpicklingError(f"its {COMMON} is damaged ({type(error).__name__})") from None
 
 
 def seconds_taken(directory: Path) -> float:
@@ -195,19 +207,31 @@ def resumable(
     raise ConfigError(f"no checkpoint in {root} can be used ({named}); restore one, or choose another run.directory")
 
 
+def changed_since(directory: Path, config: Config) -> list[Difference]:
+    """What ``config`` changes in the run that the checkpoint ``directory`` is of. Raises ``ConfigError``."""
+    return differences(read_stored(directory / CONFIG), config)
+
+
 def _require_same_run(directory: Path, config: Config, tokenizer: Tokenizer, train_data: Dataset, steps: int) -> None:
     """Raise ``ConfigError`` where the configuration or the data contradicts the checkpoint."""
-    saved = read_stored(directory / CONFIG)
-    info = json.loads((directory / INFO).read_text())
-    pairs = [(key, _lookup(saved, key), _lookup(config, key)) for key in _BINDING]
-    pairs.append(("the fingerprint of data.tokenizer", info["tokenizer_fingerprint"], tokenizer.fingerprint))
-    sources = _describe_sources(config, train_data)
-    pairs.append(("the list of (fingerprint, share) of data.train", info["train_sources"], sources))
-    for key, before, now in pairs:
+    info = read_info(directory)
+    sources = describe_sources(config.data.train, train_data)
+    # Fingerprints are of samples; digests are of all, but neither early checkpoints nor early corpora have them.
+    digests = zip(info.get("train_digests", ()), train_data.digests, strict=False)
+    known = [pair for pair in digests if None not in pair]
+    found = [
+        *(change for change in changed_since(directory, config) if f"{change.key}.".startswith(_BINDING)),
+        Difference("the fingerprint of data.tokenizer", info.get("tokenizer_fingerprint"), tokenizer.fingerprint),
+        Difference("the list of (fingerprint, share) of data.train", info.get("train_sources"), sources),
+        Difference("the list of SHA-256 of data.train", [before for before, _ in known], [now for _, now in known]),
+    ]
+    for key, before, now in found:
         if before != now:
-            what = _first_difference(key, before, now)
-            raise ConfigError(f"{what}, which {directory} cannot continue; restore it or choose another run.directory")
-    if info["step"] > steps:
+            raise ConfigError(
+                f"{key} is {now!r} but was {before!r}, which {directory} cannot continue; restore it or choose another "
+                "run.directory"
+            )
+    if info.get("step", 0) > steps:
         raise ConfigError(
             f"{directory} is beyond the {steps} steps of this run; train longer or choose another run.directory"
         )
@@ -247,18 +271,19 @@ def _describe(
     Args:
         seconds: that writing the tensors has taken.
     """
-    (directory / CONFIG).write_text(dump_yaml(training.config))
+    (directory / CONFIG).write_text(dump_yaml(training.config), encoding="utf-8")
     training.tokenizer.save(directory / TOKENIZER)
     info = {
         **progress._asdict(),
         "layout": str(training.topology),
         "tokenizer_fingerprint": training.tokenizer.fingerprint,
         "vocab_size": training.tokenizer.vocab_size,
-        "train_sources": _describe_sources(training.config, training.train_stream.dataset),
+        "train_sources": describe_sources(training.config.data.train, training.train_stream.dataset),
+        "train_digests": training.train_stream.dataset.digests,
         "save_seconds": round(seconds, 3),
         "versions": versions(("megatron_dlm", "megatron-core", "torch")),
     }
-    (directory / INFO).write_text(json.dumps(info, indent=2) + "\n")
+    (directory / INFO).write_text(json_text(info), encoding="utf-8")
     manifest.write(directory, known)
 
 
@@ -285,27 +310,14 @@ def _remove(directory: Path) -> None:
 
 def _delete(path: Path) -> None:
     """Delete a directory; of a symbolic link to one (to another disk, say) the link only."""
-    if path.is_symlink():
+    if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:
         shutil.rmtree(path)
 
 
-def _describe_sources(config: Config, train_data: Dataset) -> list[list[Any]]:
+def describe_sources(sources: list[SourceConfig], data: Dataset) -> list[list[Any]]:
     """[fingerprint, share] of every source; with the seed they decide which sequence every sample id is."""
-    weights = [source.weight for source in config.data.train]
-    shares = [round(weight / sum(weights), 12) for weight in weights]
-    return [[fingerprint, share] for fingerprint, share in zip(train_data.fingerprints, shares, strict=True)]
-
-
-def _lookup(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def _first_difference(key: str, before: Any, now: Any) -> str:
-    for name in getattr(before, "__dataclass_fields__", ()):
-        if getattr(before, name) != getattr(now, name):
-            return _first_difference(f"{key}.{name}", getattr(before, name), getattr(now, name))
-    return f"{key} is {now!r} but was {before!r}"
+    total = sum(source.weight for source in sources)
+    shares = [round(source.weight / total, 12) for source in sources]
+    return [[fingerprint, share] for fingerprint, share in zip(data.fingerprints, shares, strict=True)]

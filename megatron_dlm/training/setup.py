@@ -13,26 +13,30 @@ from megatron_dlm.errors import ConfigError
 from megatron_dlm.model.transformer import build_model
 from megatron_dlm.parallel.topology import Topology
 from megatron_dlm.training.batches import BatchStream
+from megatron_dlm.training.dry_batch import refusing_out_of_memory
 from megatron_dlm.training.initial_weights import load_initial_weights
 from megatron_dlm.training.optimizer import Optimizer, wrap
 from megatron_dlm.training.state import Training
+from megatron_dlm.training.verification import verify_data
 
 
 def build(config: Config, topology: Topology) -> Training:
     """Open the data, build and initialise the model, wrap it, and create its optimizer; collective.
 
-    Raises ``ConfigError``, ``DataError`` or ``TrainingError`` with a one-line cause.
+    Raises ``ConfigError``, ``DataError`` or ``TrainingError`` with a one-line cause, such as too little memory.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     train_data, valid_data = open_data(config, tokenizer)
+    verify_data(config, train_data, valid_data)
     objective = build_objective(config, tokenizer.vocabulary)
     steps = total_steps(config, train_data)
-    bare = build_model(config, topology, vocab_size=tokenizer.vocab_size)
-    initial = load_initial_weights(config, bare)
-    chunks = wrap(bare, config)
-    optimizer = Optimizer(config, chunks, steps=steps)
-    if initial:
-        optimizer.set_main_weights(initial.main)
+    with refusing_out_of_memory(lambda: _less_model(config, topology)):
+        bare = build_model(config, topology, vocab_size=tokenizer.vocab_size)
+        initial = load_initial_weights(config, bare)
+        chunks = wrap(bare, config)
+        optimizer = Optimizer(config, chunks, steps=steps)
+        if initial:
+            optimizer.set_main_weights(initial.main)
     return Training(
         config=config,
         topology=topology,
@@ -43,6 +47,16 @@ def build(config: Config, topology: Topology) -> Training:
         valid_stream=BatchStream(config, valid_data, objective, topology) if valid_data else None,
         steps=steps,
         weights_from=initial.directory if initial else None,
+    )
+
+
+def _less_model(config: Config, topology: Topology) -> str:
+    """One line: out of memory, and what would need less."""
+    parallel = config.parallel
+    return (
+        f"out of memory while the model and its optimizer were built, at layout {topology}: raise "
+        f"parallel.tensor_model_parallel_size (now {parallel.tensor_model_parallel_size}) or "
+        f"parallel.pipeline_model_parallel_size (now {parallel.pipeline_model_parallel_size}), or take a smaller model"
     )
 
 

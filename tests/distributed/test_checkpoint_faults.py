@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -226,7 +228,39 @@ def test_a_really_full_disk(config: Config, tmp_path: Path) -> None:
         message = run_ranks(fill_disk, 1, tmp_path, config, "tmpfs")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
-    assert "step-00000003: No space left on device; make room" in message and "\n" not in message
+    assert "step-00000003: No space left on device (__0_0.distcp); make room" in message and "\n" not in message
+
+
+def fill_disks_of_some(config: Config, full: tuple[int, ...]) -> str:
+    """The system refuses what these ranks write beyond some bytes, as it does on a full disk."""
+    training, root, digests = two_checkpoints(config)
+    before = sorted(path.name for path in root.iterdir())
+    assert train_step(training, training.progress_at(2)).applied
+    own, after = training.topology.rank, digest(training)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if own in full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
+    with pytest.raises(TrainingError) as caught:
+        checkpoint.save(training, training.progress_at(3))
+    torch.distributed.barrier()
+    assert sorted(path.name for path in root.iterdir()) == before
+    assert find_fault(root / "step-00000002") is None and (root / "latest").read_text() == "step-00000002\n"
+    torch.distributed.barrier()
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    checkpoint.save(training, training.progress_at(3))
+    assert checkpoint.resume(training)[1].step == 3 and digest(training) == after
+    shutil.rmtree(root / "step-00000003") if own == 0 else None
+    torch.distributed.barrier()
+    assert checkpoint.resume(training)[1].step == 2 and digest(training) == digests[2]
+    messages: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(messages, str(caught.value))
+    return "\n".join(sorted(set(messages)))
+
+
+def test_full_disks_of_some_ranks_end_all_of_them(config: Config, tmp_path: Path) -> None:
+    config.parallel.tensor_model_parallel_size = 2
+    message = run_ranks(fill_disks_of_some, 4, tmp_path, config, (1, 3))
+    assert re.search(r"step-00000003: File too large \(__[13]_0.distcp\); make room", message) and "\n" not in message
 
 
 class Attack:

@@ -1,4 +1,4 @@
-"""kill -9 at random moments of a save, twenty times: the run goes on from a complete checkpoint, exactly."""
+"""kill -9 at random moments of saves: the run goes on from a complete checkpoint, exactly."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import random
 import time
 from pathlib import Path
+
+import pytest
 
 from megatron_dlm.checkpoint.stored import find_fault
 from megatron_dlm.config.tree import Config
@@ -17,7 +19,6 @@ from tests.ranks import run_ranks, start_ranks
 from tests.resuming import continue_run, digest
 from tests.runs import tiny_config
 
-TRIES = 20
 STEPS_PER_TRY = 3
 
 
@@ -38,23 +39,30 @@ def save_every_step(config: Config, log: Path, last: int | None) -> str:
     return digest(training)
 
 
-def test_twenty_kills_at_random_moments_of_a_save(tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "world", "tries"),
+    [(1, 2, 20), (2, 4, 2), pytest.param(2, 4, 20, marks=pytest.mark.slow)],
+    ids=["DP2", "TP2-DP2", "TP2-DP2-often"],
+)
+def test_kills_at_random_moments_of_a_save(
+    tensor: int, world: int, tries: int, tiny_data: Path, tmp_path: Path
+) -> None:
     run = {"directory": str(tmp_path / "run"), "seed": 7}
     small = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48}
     config = tiny_config(
         tiny_data,
         run=run,
         model=small,
-        parallel={"data_parallel_size": 2},
+        parallel={"tensor_model_parallel_size": tensor, "data_parallel_size": 2},
         checkpoint={"keep": 2},
         train={"steps": 10_000},
     )
     log, moments, root = tmp_path / "steps.jsonl", random.Random(0), checkpoint.checkpoint_root(config)
     log.touch()
     interrupted = 0
-    for _ in range(TRIES):
+    for _ in range(tries):
         lines = len(log.read_text().splitlines())
-        ranks = start_ranks(save_every_step, 2, tmp_path, config, log, None)
+        ranks = start_ranks(save_every_step, world, tmp_path, config, log, None)
         wanted = lines + moments.randint(1, STEPS_PER_TRY)
         while len(log.read_text().splitlines()) < wanted and all(rank.is_alive() for rank in ranks):
             time.sleep(0.001)
@@ -66,15 +74,16 @@ def test_twenty_kills_at_random_moments_of_a_save(tiny_data: Path, tmp_path: Pat
             rank.join()
         interrupted += bool(list(root.glob(".step-*.partial*")))
     reached = max(json.loads(line)[0] for line in log.read_text().splitlines())
-    end = run_ranks(save_every_step, 2, tmp_path, config, log, reached + 1)
+    end = run_ranks(save_every_step, world, tmp_path, config, log, reached + 1)
 
     config.run.directory = str(tmp_path / "straight")
-    straight, straight_end = run_ranks(continue_run, 2, tmp_path, config, 0, reached + 1, None)
+    straight, straight_end = run_ranks(continue_run, world, tmp_path, config, 0, reached + 1, None)
     records = [json.loads(line) for line in log.read_text().splitlines()]
     print(
-        f"KILLS {TRIES}, {interrupted} within a save; {len(records)} steps for {reached + 1}, equal to a straight run"
+        f"KILLS {tries} at TP{tensor}-DP2, {interrupted} within a save; {len(records)} steps for {reached + 1}, "
+        "equal to a straight run"
     )
-    assert interrupted >= TRIES // 4, "the kills must hit saves"
+    assert interrupted >= tries // 4, "the kills must hit saves"
     assert [record[1:] for record in records] == [list(straight[record[0] - 1]) for record in records]
     assert end == straight_end
 

@@ -48,12 +48,15 @@ def _case(dtype: torch.dtype, vocab_size: int, count: int, mode: str) -> dict[st
     targets = torch.randint(0, vocab_size, (count,), generator=generator)
     targets[:3] = torch.tensor([LOCAL - 1, vocab_size - 1, 0])[:count]
     weights = 10 ** (3 * torch.rand(count, generator=generator))
+    targets[6:8] = torch.tensor([-100, vocab_size])[: max(count - 6, 0)]  # ignored, though they have a weight
+    known = (targets >= 0) & (targets < vocab_size)
+    given, targets = targets, targets.masked_fill(~known, -100)
 
     h, w = (x.double().clone().requires_grad_() for x in (hidden, weight))
     logits = h[rows] @ w.t()
     expected_entropy = torch.nn.functional.cross_entropy(logits[:, :vocab_size], targets, reduction="none")
     expected_loss = (expected_entropy * weights.double()).sum()
-    expected_correct = logits[:, :vocab_size].argmax(1) == targets
+    expected_correct = (logits[:, :vocab_size].argmax(1) == targets) & known
     expected_hidden, expected_weight = torch.autograd.grad(0.37 * expected_loss, (h, w))
 
     shard = slice(rank * LOCAL, (rank + 1) * LOCAL)
@@ -70,12 +73,12 @@ def _case(dtype: torch.dtype, vocab_size: int, count: int, mode: str) -> dict[st
         expected_entropy = torch.nn.functional.cross_entropy(logits[:, :vocab_size], targets, reduction="none")
         expected_loss = (expected_entropy * weights.double()).sum()
         expected_correct = logits[:, :vocab_size].argmax(1) == targets
-        loss, entropy, correct = cross_entropy(local, targets, weights, vocab_size=vocab_size, group=group)
+        loss, entropy, correct = cross_entropy(local, given, weights, vocab_size=vocab_size, group=group)
         (d_logits,) = torch.autograd.grad(0.37 * loss, local)
         probability = torch.zeros(count, 2 * LOCAL, dtype=torch.float64)
         probability[:, :vocab_size] = logits[:, :vocab_size].softmax(1)
-        one_hot = torch.nn.functional.one_hot(targets, 2 * LOCAL)
-        expected_logits = 0.37 * weights.double()[:, None] * (probability - one_hot)
+        one_hot = torch.nn.functional.one_hot(targets.clamp(min=0), 2 * LOCAL)
+        expected_logits = 0.37 * (weights.double() * known)[:, None] * (probability - one_hot)
         gradient_errors = {"hidden": 0.0, "weight": _relative(d_logits, expected_logits[:, shard], expected_logits)}
     else:
         part = hidden[tokens].clone().requires_grad_()
@@ -83,7 +86,7 @@ def _case(dtype: torch.dtype, vocab_size: int, count: int, mode: str) -> dict[st
             part,
             mine,
             rows,
-            targets,
+            given,
             weights,
             vocab_size=vocab_size,
             group=group,

@@ -12,9 +12,19 @@ import torch
 from torch import Tensor
 
 from dlm_kernels import reference, triton_linear_cross_entropy
+from dlm_kernels.triton_cross_entropy import cross_entropy
 from dlm_kernels.triton_linear_cross_entropy import linear_cross_entropy
 from tests.interpreter.test_triton_cross_entropy import require_bitwise_equal
-from tests.quick.test_reference_cross_entropy import HIDDEN, TOKENS, VOCAB, Losses, Problem, gradcheck, relative
+from tests.quick.test_reference_cross_entropy import (
+    HIDDEN,
+    TOKENS,
+    VOCAB,
+    Losses,
+    Problem,
+    gradcheck,
+    relative,
+    require_ignored_targets,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
 
@@ -85,6 +95,10 @@ def test_rows_of_weight_zero_and_unscored_rows_cannot_matter(dense: bool) -> Non
         _, entropy, correct, d_hidden, _ = results[-1]
         assert entropy[4] == 0 and not correct[4] and (d_hidden[silent] == 0).all()
         require_bitwise_equal(results[-1], results[0])
+
+
+def test_targets_out_of_range_are_ignored() -> None:
+    require_ignored_targets(KernelProblem, cross_entropy)
 
 
 def test_padding_rows_cannot_matter() -> None:

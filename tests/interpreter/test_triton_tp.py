@@ -55,6 +55,8 @@ def _case(dtype: torch.dtype, vocab_size: int, count: int, mode: str) -> dict[st
     targets[:4] = torch.tensor([LOCAL - 1, min(LOCAL, vocab_size - 1), vocab_size - 1, 0])[:count]
     weights = 10 ** (3 * torch.rand(count, generator=generator))
     weights[5:6] = 0
+    targets[6:8] = torch.tensor([-100, vocab_size])[: max(count - 6, 0)]  # ignored, though they have a weight
+    given, targets = targets, targets.masked_fill((targets < 0) | (targets >= vocab_size), -100)
 
     h, w = (x.double().clone().requires_grad_() for x in (hidden, weight))
     logits = h[rows] @ w.t()
@@ -74,7 +76,7 @@ def _case(dtype: torch.dtype, vocab_size: int, count: int, mode: str) -> dict[st
     gradient_errors = {"hidden": 0.0}
     if mode == "logits":
         mine = local[:, columns].clone().requires_grad_()
-        loss, entropy, correct = cross_entropy(mine, targets, weights, vocab_size=vocab_size, group=group)
+        loss, entropy, correct = cross_entropy(mine, given, weights, vocab_size=vocab_size, group=group)
         (d_logits,) = torch.autograd.grad(0.37 * loss, mine)
         (expected,) = torch.autograd.grad(0.37 * expected_loss, logits)
         padding = (d_logits[:, max(vocab_size - rank * LOCAL, 0) :] != 0).sum()
@@ -88,7 +90,7 @@ def _case(dtype: torch.dtype, vocab_size: int, count: int, mode: str) -> dict[st
             part,
             mine,
             rows,
-            targets,
+            given,
             weights,
             vocab_size=vocab_size,
             group=group,

@@ -56,8 +56,8 @@ FLOORS = {
 }
 MEGATRON = {"parallel", "model", "training", "preparation"}
 """Folders that may import megatron-core: importing any of them prepares the machine for it first."""
-LIGHT = {"shipped", "megatron_dlm", "errors", "files", "packages", "formatting", "run_folder", "config"}
-LIGHT |= {"flops", "diffusion", "costs", "data"}
+LIGHT = {"shipped", "megatron_dlm", "errors", "files", "packages", "formatting", "run_folder"}
+LIGHT |= {"config", "flops", "diffusion", "costs", "data"}
 """Those that know no process groups."""
 Graph = Mapping[str, Iterable[str]]
 

@@ -55,3 +55,4 @@ def test_ours_has_the_bound_in_the_mean_and_rounding_has_not() -> None:
     ours = np.array([EXAMPLE["planned"](table, LENGTH, "exact_count", 128, i) for i in range(400)])
     rounded = np.array([EXAMPLE["rounded"](table, LENGTH, 128, generator) for _ in range(400)])
     assert abs(ours.mean() - truth) < 3 * ours.std() / 20 < abs(rounded.mean() - truth)
+    assert abs(rounded.mean() - truth - EXAMPLE["rounding_bias"](table, LENGTH, 128)) < 3 * rounded.std() / 20

@@ -211,6 +211,37 @@ def test_cross_entropy_skips_rows_of_weight_zero() -> None:
     _require_bitwise_equal(results)
 
 
+def test_targets_out_of_range_are_ignored() -> None:
+    require_ignored_targets(Problem, cross_entropy)
+
+
+def require_ignored_targets(problem_type: type[Problem], loss_of_logits: Callable[..., Losses]) -> None:
+    """Both losses of such targets with a weight are bitwise those of the weight 0, and torch's with `ignore_index`."""
+    for columns, size in ((VOCAB, None), (VOCAB + 5, VOCAB)):  # with padding, an id of it is out of range too
+        results, logit_results = [], []
+        for weighted in (True, False):
+            problem = problem_type(9, vocab=columns)
+            problem.targets %= VOCAB
+            if weighted:
+                problem.targets[2:7] = torch.tensor([-100, -1, VOCAB, VOCAB + 3, 1 << 40])
+            else:
+                problem.weights[2:7] = 0
+            loss, entropy, correct = problem.loss(vocab_size=size, chunk_size=4)
+            results.append((loss.detach(), entropy, correct, *problem.gradients(loss)))
+            assert (results[-1][3][problem.rows[2:7]] == 0).all()
+            logits = (problem.hidden[problem.rows] @ problem.weight.t()).detach().requires_grad_()
+            exact = logits.detach()[:, :VOCAB].clone().requires_grad_()
+            loss, *rest = loss_of_logits(logits, problem.targets, problem.weights, vocab_size=size)
+            (gradient,) = torch.autograd.grad(loss, logits)
+            logit_results.append((loss.detach(), *rest, gradient))
+            ignored = problem.targets.masked_fill((problem.targets < 0) | (problem.targets >= VOCAB), -100)
+            expected = (torch.nn.functional.cross_entropy(exact, ignored, reduction="none") * problem.weights).sum()
+            torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+            assert relative(gradient[:, :VOCAB], torch.autograd.grad(expected, exact)[0]) < 1e-13
+        _require_bitwise_equal(results)
+        _require_bitwise_equal(logit_results)
+
+
 def test_large_logits_keep_their_precision() -> None:
     """Logits of +-1e4 whose differences decide: log-sum-exp minus target would be wrong by 5e-4 in float32."""
     generator = torch.Generator().manual_seed(0)

@@ -163,19 +163,23 @@ def test_huggingface_control_tokens_by_name_or_configuration(tmp_path: Path) -> 
     assert (tokenizer.end_of_document_id, tokenizer.mask_token_id) == (0, 1)
     assert load_tokenizer(tokenizer.save(tmp_path / "copy")).fingerprint == tokenizer.fingerprint
 
+    assert tokenizer.end_note == ""
+
     tokenizer = HuggingFaceTokenizer(byte_level_bpe(tmp_path / "none", special=()))
+    assert tokenizer.end_note == "no eos_token of tokenizer_config.json is in it"
     assert tokenizer.mask_token_id == tokenizer.vocab_size - 1 == tokenizer.end_of_document_id + 1
 
 
 def test_huggingface_mask_that_text_can_spell_is_replaced_by_a_new_id(tmp_path: Path) -> None:
-    words = {"[UNK]": 0, "[MASK]": 1, "hello": 2}
+    words = {"[UNK]": 0, "[MASK]": 1, "hello": 2, "</s>": 3}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     model.add_special_tokens(["[UNK]", "[MASK]"])
     model.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert tokenizer.encode("hello [MASK] hello") == [2, 1, 2]
-    assert (tokenizer.end_of_document_id, tokenizer.mask_token_id, tokenizer.vocab_size) == (3, 4, 5)
+    assert (tokenizer.end_of_document_id, tokenizer.mask_token_id, tokenizer.vocab_size) == (4, 5, 6)
+    assert tokenizer.end_note == "text can spell its </s>"
 
 
 def test_decode_skips_control_ids_and_ids_outside(tokenizer: Tokenizer) -> None:

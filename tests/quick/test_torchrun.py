@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_dlm import cli
 from megatron_dlm.config.tree import Config, ParallelConfig, RunConfig
 from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.launch import launcher as launch
@@ -67,6 +68,29 @@ def test_torchrun_is_recognised(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
     assert place.adopt()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "bounds"),
+    [
+        ("RANK", "7", "0 to 1"),
+        ("RANK", "-1", "0 to 1"),
+        ("WORLD_SIZE", "two", "1 to 2147483647"),
+        ("WORLD_SIZE", "0", "1 to 2147483647"),
+        ("LOCAL_RANK", "2", "0 to 1"),
+        ("MASTER_PORT", "99999999", "1 to 65535"),
+        ("MASTER_PORT", "9" * 10_000, "1 to 65535"),
+    ],
+    ids=range(7),
+)
+def test_variables_that_are_no_place(monkeypatch, capsys, name, value, bounds):
+    place = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="1")
+    for key, text in (place | {name: value}).items():
+        monkeypatch.setenv(key, text)
+    assert cli.main(["train", "--run.seed", "1"]) == 2
+    line = capsys.readouterr().err  # also where RANK is that of no process
+    assert f"variable {name} is " in line and f"; it must be from {bounds}: start with torchrun" in line
+    assert line.count("\n") == 1
 
 
 @pytest.mark.parametrize(

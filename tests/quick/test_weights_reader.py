@@ -143,7 +143,7 @@ def test_files_elsewhere_are_not_read(written: Path) -> None:
             place.relative_path = "/etc/passwd"
 
     edited(written, change)
-    with pytest.raises(ConfigError, match="/etc/passwd, which is not one of its files"):
+    with pytest.raises(ConfigError, match="/etc/passwd', which is not one of its files"):
         WeightsReader(written)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_dlm.config.check import validate
 from megatron_dlm.config.load import dump_yaml, from_dict, load_yaml, parse_config, to_dict
 from megatron_dlm.config.tree import Config, SourceConfig
 from megatron_dlm.config.yaml_flavour import Integer, plain
@@ -24,6 +26,9 @@ TRICKY = (
     "{} [] [a {a: a: a:b !!int '1' \"1\" + - +1 1+ 0 00 -0"
 ).split()
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{i + 1}: &a{i + 1} {{<<: [*a{i}, *a{i}, *a{i}], y{i}: 1}}\n" for i in range(60)
+)
 words = st.one_of(st.sampled_from(TRICKY), st.text(st.characters(codec="utf-8"), max_size=20))
 trees = st.recursive(
     st.one_of(words, st.integers(), st.floats(allow_nan=False), st.booleans(), st.none()),
@@ -89,15 +94,45 @@ def test_numbers_are_plain_in_the_tree() -> None:
         ("a: 1\na: 2", "the key 'a' stands twice"),
         ("!!python/object/apply:os.system ['true']", "is not valid YAML"),
         ("a: " + "9" * 5000, "cannot be read"),
+        (MERGES, "unknown key a0"),
+        ("[" + "a, " * 100_000 + "]", "has more than 10,000 values"),
+        ("!!bool maybe", "cannot be read"),
+        ("!!timestamp never", "could not determine a constructor"),
+        ("!!set {a, b}", "could not determine a constructor"),
+        ("a:\n\tb: 1", "cannot start any token"),
+        ("a: \x01", "unacceptable character"),
+        ('"a\\nb": 1', "unknown key a\\nb;"),
+        ("k" * 100 + ": 1", "unknown key kkk"),
+        ("optimizer: {lr: 1" + "0" * 400 + "}", "optimizer.lr is inf; it must be"),
     ],
-    ids=range(9),
+    ids=range(19),
 )
 def test_hostile_documents_are_one_line_at_once(text: str, message: str) -> None:
     started = time.process_time()
     with pytest.raises(ConfigError) as error:
-        from_dict(load_yaml(text, "file"))
+        validate(from_dict(load_yaml(text, "file")))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert time.process_time() - started < 5
+
+
+def test_files_that_are_no_configurations(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    for make, message in (
+        (lambda: os.mkfifo(file), "it is no regular file"),
+        (file.mkdir, "Is a directory"),
+        (lambda: file.symlink_to(file), "symbolic links"),
+        (lambda: file.write_bytes(b"\xff\xfe"), "is not UTF-8 text"),
+        (lambda: file.touch() or os.truncate(file, 10**8), "it has more than 524,288 bytes"),
+        (lambda: file.write_text("\ufeffrun: {seed: 1}"), None),
+    ):
+        make()
+        if message is None:
+            assert parse_config(["--config", str(file)]).run.seed == 1
+            break
+        with pytest.raises(ConfigError, match=message) as error:
+            parse_config(["--config", str(file)])
+        assert str(file) in str(error.value)
+        file.rmdir() if file.is_dir() else file.unlink()
 
 
 def test_merges_and_aliases_work() -> None:

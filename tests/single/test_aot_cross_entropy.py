@@ -32,7 +32,7 @@ def launches() -> dict[str, Launch]:
         for dtype in (torch.bfloat16, torch.float32):
             for columns in (*WIDTHS, ODD):
                 logits = torch.empty(ROWS, -(-columns // 64) * 64, dtype=dtype)
-                shard = VocabShard(3 * columns, columns, None, 1)
+                shard = VocabShard(3 * columns, columns, 4 * columns, None, 1)
                 statistics = module.row_statistics(logits, targets, factors, shard)
                 merged = module.merge_rows(statistics, factors, shard)
                 for upstream in (None, torch.ones(())):

@@ -120,6 +120,9 @@ def test_contradictions_leave_nothing_behind(tmp_path):
 
 def test_only_rank_0_prints_what_every_rank_finds(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
     slept: list[float] = []
     monkeypatch.setattr(cli.time, "sleep", slept.append)
     assert cli.main(["train", "--config", TINY, "--model.layers", "3"]) == 2

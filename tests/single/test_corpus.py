@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +80,24 @@ def test_blank_lines_separate_documents(tmp_path: Path) -> None:
     assert texts_of(path, split_on_blank_lines=True) == ["one\ntwo\n", "  three\n", "four"]
     origins = [d.origin for d in read_documents([path], split_on_blank_lines=True)]
     assert origins == [f"{path} line {n}" for n in (3, 7, 9)]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.jsonl").write_bytes(mark + b'{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "b.txt").write_bytes(mark + b"c\n\n" + mark + b"d")
+    assert texts_of(tmp_path / "a.jsonl", tmp_path / "b.txt") == ["a", "b", "c\n\n\ufeffd"]
+    assert texts_of(tmp_path / "b.txt", split_on_blank_lines=True) == ["c\n", "\ufeffd"]
+
+
+def test_what_is_too_long_for_a_document_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_bytes(b"short\n\n" + b"a line\n" * 20)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"\0" * 10**6))
+    assert len(texts_of(tmp_path / "a.txt", split_on_blank_lines=True)) == 2
+    monkeypatch.setattr("megatron_dlm.preparation.records._LONGEST", 100)
+    for name, split, where in (("a.txt", False, "a.txt"), ("a.txt", True, "a.txt line 3"), ("b.jsonl.gz", 0, "line 1")):
+        with pytest.raises(DataError, match=f"{where} is longer than the 100 bytes .*--split-on-blank-lines"):
+            texts_of(tmp_path / name, split_on_blank_lines=split)
 
 
 def test_text_key(tmp_path: Path) -> None:
@@ -166,6 +186,18 @@ def write_dataset_without_column(folder: Path) -> Path:
     return folder / "dataset"
 
 
+def write_dataset_with_a_wrong_offset(folder: Path) -> Path:
+    """The end of the third text is 2 GB behind its beginning, where no file is."""
+    (path,) = as_dataset(folder).glob("*.arrow")
+    ends = list(itertools.accumulate(len(text.encode()) for text in TEXTS))
+    before = struct.pack(f"<{len(TEXTS) + 1}i", 0, *ends)
+    content = path.read_bytes()
+    assert content.count(before) == 1
+    ends[2] = 2**31 - 1
+    path.write_bytes(content.replace(before, struct.pack(f"<{len(TEXTS) + 1}i", 0, *ends)))
+    return path.parent
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -184,7 +216,11 @@ def write_dataset_without_column(folder: Path) -> Path:
         (lambda folder: write_bytes(folder / "a.jsonl.gz", gzip.compress(b'{"text": 1}')[:12]), "is damaged"),
         (write_dataset_of_splits, r"holds several splits \(train\): give one, such as .*splits/train"),
         (write_dataset_without_column, "has no column 'text'"),
+        (write_dataset_with_a_wrong_offset, "is not a readable dataset folder .*: save it again"),
         (lambda folder: folder / "absent", "absent does not exist"),
+        (lambda folder: folder / ("x" * 300), "cannot read the input .*File name too long"),
+        (lambda folder: Path("/dev/zero"), "/dev/zero is a pipe or a device, which may have no end"),
+        (lambda folder: "", "an input is an empty text: give the path"),  # type: ignore[arg-type, return-value]
         (lambda folder: folder, "has no files"),
     ],
 )

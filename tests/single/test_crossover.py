@@ -293,3 +293,4 @@ def test_records_that_cannot_be_used_are_one_line(tmp_path: Path, lines: list[An
     with pytest.raises(DataError, match=message) as raised:
         read_run(Arm("small", 9, "masked_diffusion", 0), RunFolder(tmp_path))
     assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
+    assert str(raised.value).endswith(f"remove {tmp_path} to train this arm again"), "what helps an arm of a crossover"

@@ -264,7 +264,7 @@ def open_damaged(prefix: Path, suffix: str, content: bytes | None, **changes: ob
     [
         ("bin", None, r"a\.bin is missing: prepare the data again"),
         ("idx", None, r"a\.idx is missing"),
-        ("json", None, r"a\.json is missing: give the path prefix of a corpus that `megatron-dlm prepare` completed"),
+        ("json", None, r"a\.json is missing: give the prefix of a corpus that `megatron-dlm prepare` completed"),
         ("bin", b"\0" * 998, r"a\.bin is truncated \(998 bytes, expected 1000\)"),
         ("bin", b"", r"a\.bin is empty"),
         ("bin", b"\0" * 1002, r"a\.bin does not belong to its \.json"),
@@ -272,7 +272,7 @@ def open_damaged(prefix: Path, suffix: str, content: bytes | None, **changes: ob
         ("idx", b"", r"a\.idx is empty"),
         ("idx", b"\0" * (34 + 12 * 5 + 8 * 6), r"a\.idx is not an index of megatron-core"),
         ("json", b"{", r"a\.json is not JSON"),
-        ("json", b"[1]", r"a\.json lacks documents, tokens"),
+        ("json", b"[1]", r"a\.json is not a JSON object; prepare"),
         ("json", b'{"documents": 5}', r"a\.json lacks tokens"),
     ],
 )
@@ -287,10 +287,10 @@ def test_damaged_files_are_one_sentence(suffix: str, content: bytes | None, mess
     [
         ({"documents": 6}, r"a\.idx does not match the \.bin and \.json"),
         ({"dtype": "int32", "tokens": 250}, r"a\.idx does not match"),
-        ({"dtype": "float32"}, r"unknown dtype 'float32'"),
+        ({"dtype": "float32"}, r"a\.json: dtype is 'float32', not uint16 or int32: prepare"),
         ({"tokens": 499}, r"counts 499 tokens"),
         ({"tokenizer_fingerprint": "e" * 64}, r"prepared with another tokenizer \(eeeeeeeeeeee\) than data.tokenizer"),
-        ({"max_token_id": 600}, r"has ids up to 600, outside the vocabulary of 600"),
+        ({"vocab_size": 700, "max_token_id": 600}, r"has ids up to 600, outside the vocabulary of 600"),
     ],
 )
 def test_metadata_that_does_not_fit_is_one_sentence(changes: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -316,6 +316,26 @@ def test_damaged_token_is_found_when_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.bin has the id 60000 at token 321, outside the vocabulary of 502"):
         for epoch in range(2):
             one_epoch(dataset, epoch)
+
+
+def test_truncation_under_a_run_is_one_sentence_and_replacement_is_nothing(tmp_path: Path) -> None:
+    source = numbered(tmp_path / "a", 500_000)
+    dataset = Dataset([source], sequence_length=1000, seed=0)
+    rows = one_epoch(dataset)
+    numbered(tmp_path / "b", 1000)
+    (tmp_path / "b.bin").replace(tmp_path / "a.bin")  # the file that was opened lives on
+    assert np.array_equal(one_epoch(dataset), rows)
+    with open(f"/proc/self/fd/{dataset.files[0]._handle}", "r+b") as file:
+        file.truncate(1_000_000)
+    with pytest.raises(DataError, match=r"a\.bin was truncated while it was in use \(1000000 of 2000000 bytes\); rest"):
+        one_epoch(dataset)
+
+
+def test_the_same_corpus_twice_is_one_sentence(tmp_path: Path) -> None:
+    source = numbered(tmp_path / "a", 100)
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(DataError, match=r"link/a is given twice: name it once, with the sum of the weights"):
+        Dataset([source, SourceConfig(str(tmp_path / "link" / "a"))], sequence_length=10, seed=0)
 
 
 def test_too_little_data_is_one_sentence(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from megatron_dlm.checkpoint import manifest
 from megatron_dlm.checkpoint.whole_tensors import WeightsReader
+from megatron_dlm.config.load import dump_yaml, from_dict, load_yaml
 from megatron_dlm.hf.export import export
 from tests.exports import config, content, make_checkpoint
 
@@ -254,7 +256,9 @@ def test_the_model_card(tmp_path: Path) -> None:
         evaluated(10, 3.0),
         {"step": 19, "epoch": 0.5, "unique_tokens": 19},
         {"step": 20, "epoch": 1.25, "unique_tokens": 16384},
+        {"step": 20, "kind": "configuration", "changes": {"optimizer.lr": {"before": 1.0, "after": 2.0}}},
         evaluated(18, 2.5),
+        evaluated(18, 9.0),  # of other held-out data, with which the run went on
         evaluated(30, 1.0),
     ]
     text = "".join(json.dumps(record) + "\n" for record in records) + '{"step": 18, "valid_nel'
@@ -263,6 +267,26 @@ def test_the_model_card(tmp_path: Path) -> None:
     card = (tmp_path / "with" / "README.md").read_text()
     assert "| training tokens | 20,480, 16,384 of them unique (1.25 epochs) |" in card
     assert "| held-out NELBO | 2.5000 +- 0.2500 nats/token (95 % intervals; step 18) |" in card
+
+
+def test_a_model_card_is_no_place_for_markup(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source")
+    hostile = "a|b\n---\n<script>alert(1)</script> `x` [y](javascript:z) ![i](j) ```\n# title"
+    stored = config()
+    stored.evaluate.prompts, stored.run.directory = [hostile, "````\n</details>"], "runs/```a|b"
+    (source / "config.yaml").write_text(dump_yaml(stored))
+    info = read(source, "checkpoint.json") | {"imported_from": hostile, "layout": hostile, "versions": {hostile: 1}}
+    (source / "checkpoint.json").write_text(json.dumps(info))
+    manifest.write(source, {})
+    export(source, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    facts, _, block = card.partition("## Configuration of the training run\n\n")
+    found = re.fullmatch("(`+)yaml\n(.*)\n\\1\n", block, re.DOTALL)
+    assert found and len(found[1]) == 5 and found[1] not in found[2], "nothing in the block ends it"
+    assert from_dict(load_yaml(found[2], "card")).evaluate.prompts == stored.evaluate.prompts
+    rows = [line for line in facts.splitlines() if line.startswith("|")]
+    assert all(row.count("|") == 3 for row in rows) and not {"<", "`", "["} & set("".join(rows))
+    assert facts.splitlines().count("---") == 2, "of the front matter"
 
 
 @pytest.mark.parametrize("objective", ["masked_diffusion", "autoregressive"])

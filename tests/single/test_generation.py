@@ -22,7 +22,7 @@ from megatron_dlm.errors import ConfigError
 from megatron_dlm.generation.text_model import TextModel, open_text_model
 from megatron_dlm.hf.export import export
 from megatron_dlm.parallel import topology as parallel
-from megatron_dlm.shipped.sampler import Step
+from megatron_dlm.shipped.sampler import Samples, Step
 from megatron_dlm.shipped.sampler_plan import SamplerOptions
 from megatron_dlm.training.progress import Progress
 from megatron_dlm.training.saving import save
@@ -126,6 +126,27 @@ def test_the_command_prints_texts_and_nothing_else_on_stdout(models: dict[str, P
     assert out.startswith("if x:\n\tpass\\n") and "\nb" in out
     assert f"model    {models[kind]}" in err and "--- 2 of 2" in err and " forwards, " in err and " tokens/s" in err
     assert sample(*common) == 0, "a text from nothing"
+
+
+def test_a_text_that_ends_at_once_is_said(
+    models: dict[str, Path], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = TextModel.generate
+
+    def ends_at_once(model: TextModel, prompts: Any, *arguments: Any, **options: Any) -> Samples:
+        found = generate(model, prompts, *arguments, **options)
+        end = model.tokenizer.end_of_document_id
+        row = [*prompts[0], *[end] * (len(found.tokens[0]) - len(prompts[0]))]
+        return found._replace(tokens=[row, *found.tokens[1:]], end_of_document_id=end)
+
+    monkeypatch.setattr(TextModel, "generate", ends_at_once)
+    common = ["--checkpoint", str(models["masked_diffusion"]), "--max-new-tokens", "3", "--prompt", "a"]
+    assert sample(*common) == 0
+    out, err = capsys.readouterr()
+    assert out == "a\n" and "note     end-of-document came first, so nothing follows; try" in err and "speed" not in err
+    assert sample(*common, "--prompt", "b") == 0
+    err = capsys.readouterr().err
+    assert "end-of-document came first in 1 of 2 texts" in err and "3 tokens in 3 forwards" in err
 
 
 def test_the_command_fills_in_and_traces(models: dict[str, Path], tmp_path: Path, capsys: Any) -> None:

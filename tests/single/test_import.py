@@ -18,6 +18,7 @@ from megatron_dlm import cli
 from megatron_dlm.checkpoint import manifest
 from megatron_dlm.checkpoint.stored import StoredCheckpoint, open_checkpoint
 from megatron_dlm.checkpoint.whole_tensors import WeightsReader
+from megatron_dlm.commands.import_ import summary
 from megatron_dlm.config.load import to_dict
 from megatron_dlm.data.tokenizer import load_tokenizer
 from megatron_dlm.errors import ConfigError
@@ -135,6 +136,7 @@ def test_rows_are_those_of_the_tokenizer(rows: int, folder: Path, take: Any) -> 
     kept = min(rows, size)
     assert imported.vocab_size == size + 1 and imported.mask_token_id == size
     assert (imported.new_ids, imported.dropped_rows) == (size + 1 - kept, rows - kept)
+    assert f"{rows - kept:,} that no token has left out (an export has {size + 1:,} rows)" in summary(imported)
     tensors = load_file(folder / "model.safetensors")
     stored = open_checkpoint(imported.directory)
     for ours, name in zip(vocabulary(stored), ("model.embed_tokens.weight", "lm_head.weight"), strict=True):
@@ -275,7 +277,7 @@ def test_configuration_is_one_that_a_run_takes(folder: Path, take: Any) -> None:
     save_source(folder, "llama")
     tree = to_dict(take().config)
     assert set(tree) == set(to_dict(type(take(overwrite=True).config)()))
-    with pytest.raises(ConfigError, match="data.sequence_length is 0; it must be greater than 0"):
+    with pytest.raises(ConfigError, match="data.sequence_length is 0; it must be from 1"):
         take(sequence_length=0, overwrite=True)
     edit_config(folder, rms_norm_eps=0)
     with pytest.raises(ConfigError, match="model.norm_eps is 0"):

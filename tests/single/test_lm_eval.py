@@ -13,7 +13,8 @@ from torch import Tensor
 
 pytest.importorskip("lm_eval")
 
-from lm_eval.api.instance import Instance  # noqa: E402  (what follows needs it)
+from lm_eval import evaluator  # noqa: E402  (what follows needs it)
+from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
@@ -203,6 +204,16 @@ def test_generation(autoregressive: bool, tasks: Path) -> None:
     assert texts[5] != "abcabc" and texts == model.generate_until(requests, disable_tqdm=True)
     found = run(visible(autoregressive), tasks, "tiny_generation")["tiny_generation"]["metrics"]
     assert found["exact_match"] == pytest.approx(2 / 3), "after 12, 18 and 64 - 6 columns: ab, ab, b"
+
+
+def test_outside_a_git_repository_nothing_is_printed(
+    tasks: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tasks)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tasks.parent))
+    before = evaluator.get_git_commit_hash
+    run(visible(), tasks, "tiny_arc")
+    assert "fatal" not in capfd.readouterr().err and evaluator.get_git_commit_hash is before
 
 
 def test_what_lm_eval_cannot_load(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,11 @@ def test_bf16_keeps_fp32_gradient_reduction() -> None:
         ("parallel", {"ddp_config": {"bucket_size": 1.5}}, "give an integer"),
         ("optimizer", {"optimizer_config": {"lr": 1.0}}, "is set by megatron_dlm's own keys"),
         ("optimizer", {"optimizer_config": {"adam_eps": "small"}}, "give a number"),
+        ("optimizer", {"optimizer_config": {"adam_eps": 0}}, "adam_eps is 0; it must be from 1e-30 to 1000.0"),
+        ("optimizer", {"optimizer_config": {"decoupled_lr": -1e-3}}, "decoupled_lr is -0.001; it must be from"),
+        ("model", {"transformer_config": {"softmax_scale": float("nan")}}, "softmax_scale is nan; it must be from"),
+        ("model", {"transformer_config": {"glu_linear_offset": float("inf")}}, "glu_linear_offset is inf; it must"),
+        ("parallel", {"ddp_config": {"bucket_size": 2**63}}, "bucket_size is 9223372036854775808; it must be from 1"),
     ],
 )
 def test_bad_pass_through_is_one_line(section: str, values: dict[str, Any], message: str) -> None:

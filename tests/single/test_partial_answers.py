@@ -158,3 +158,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     partial.remove()
     with pytest.raises(DataError, match="cannot write .*/nowhere/x.json.partial: unable to open database file; make"):
         PartialAnswers(tmp_path / "nowhere" / "x.json")
+    partial.path.symlink_to("elsewhere")
+    with pytest.raises(DataError, match="x.json.partial: it is no regular file; remove it, or choose another --output"):
+        PartialAnswers(output)
+    assert not (tmp_path / "elsewhere").exists()

@@ -326,6 +326,8 @@ def test_wrong_requests_are_one_sentence(jsonl: Path, tmp_path: Path) -> None:
     surrogate.write_text('{"text": "a\\ud800"}', encoding="utf-8")
     empty = tmp_path / "empty.txt"
     empty.write_bytes(b"")
+    one = tmp_path / "one.txt"
+    one.write_bytes(b"a\n\nb")
     occupied = tmp_path / "file"
     occupied.write_bytes(b"")
     out = tmp_path / "out"
@@ -335,6 +337,8 @@ def test_wrong_requests_are_one_sentence(jsonl: Path, tmp_path: Path) -> None:
         ({"train_sentencepiece": 300}, "give one of --tokenizer and --train-sentencepiece"),
         ({"valid_fraction": 1.0}, "--valid-fraction is 1.0"),
         ({"seed": -1}, "--seed is -1"),
+        ({"tokenizer": ""}, "the name of the tokenizer is empty"),
+        ({"inputs": [one]}, "leaves none to train on: .*, or --split-on-blank-lines where one text holds several"),
         ({"inputs": [surrogate]}, r"surrogate.jsonl line 1 has an unpaired surrogate at character 1"),
         ({"inputs": [empty]}, r"has no text \(1 empty documents\)"),
         ({"inputs": [empty], "tokenizer": None, "train_sentencepiece": 300}, "no text to train a tokenizer"),
