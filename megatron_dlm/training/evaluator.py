@@ -82,13 +82,13 @@ class Evaluator:
             **(self._questions.figures() if self._questions else {}),
         }
 
+    def _unigram_cross_entropy(self, held_out: Dataset) -> float:
+        """Counted by one rank: the figure is the same on all, and so are the files."""
+        counts = self._training.train_stream.dataset.unigram_counts(self._training.tokenizer.vocab_size)
+        return unigram_cross_entropy(counts, held_out.sequences(np.arange(self._training.valid_sequences)))
+
 
 def data_name(sources: list[SourceConfig], data: Dataset) -> str:
     """``valid-1a2b3c4d``: the names of the sources, and a digest of what is in them and of their shares."""
     digest = hashlib.sha256(repr(describe_sources(sources, data)).encode()).hexdigest()
     return "-".join([*(Path(source.path).name for source in sources), digest[:8]])
-
-    def _unigram_cross_entropy(self, held_out: Dataset) -> float:
-        """Counted by one rank: the figure is the same on all, and so are the files."""
-        counts = self._training.train_stream.dataset.unigram_counts(self._training.tokenizer.vocab_size)
-        return unigram_cross_entropy(counts, held_out.sequences(np.arange(self._training.valid_sequences)))
