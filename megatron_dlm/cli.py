@@ -28,6 +28,7 @@ COMMANDS = {
     "estimate": "Show what generating text and training cost, in FLOPs; needs no GPU.",
     "plot": "Draw what one or several runs have learned.",
     "noise-levels": "Show a masked diffusion model's loss and accuracy by mask ratio, or compare two.",
+    "plan": "Show what a run needs and how fast it will be on a cluster; no GPU is needed.",
     "doctor": "Show what this machine has and which path a run will take.",
 }
 

@@ -9,7 +9,7 @@ import math
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,5 +220,3 @@ def _where() -> str:
         if path.is_relative_to(own) and "rehearsal" not in path.parts:
             return f"{path.relative_to(own)}:{frame.lineno}"
     return "elsewhere"
-
-

@@ -1,4 +1,4 @@
-"""How long a step takes and what it needs, from what its ranks do and a table of constants; nothing is measured here."""
+"""How long a step takes and what it needs: what its ranks do, over a table of constants. Nothing is measured."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 from megatron_dlm.config.tree import Config
 from megatron_dlm.flops import training_flops
 from megatron_dlm.rehearsal import machines
-from megatron_dlm.rehearsal.ledger import Collective
+from megatron_dlm.rehearsal.ledger import Collective, Wait
 from megatron_dlm.rehearsal.machines import Machine
 from megatron_dlm.rehearsal.step import FINALIZE, MICRO_BATCHES, OPTIMIZER, REPORT, RankStep, rehearse
 
-ORDINARY_SHARE = 0.5
+_ORDINARY = 0.5
 """Of the tokens, that an ordinary step masks."""
 
 
@@ -70,27 +70,34 @@ class Prediction(NamedTuple):
     """Of all GPUs."""
     mfu: float
     """FLOPs of the model, without recomputation, over the peak of all GPUs."""
+    collectives: dict[tuple[str, Collective], tuple[int, int]]
+    """Calls and bytes of the last stage's first rank in an ordinary step with a filled pipeline, by phase and kind."""
+    waits: dict[Wait, int]
+    """Where the host waits for the device in a step, and how often, on that rank."""
 
     def fits(self, machine: Machine) -> bool:
         """Whether every rank's memory suffices."""
         return max(memory.total for memory in self.memory) <= machine.memory
 
 
-def predict(
-    config: Config, world_size: int, machine: Machine, *, vocab_size: int, between: bool = True
-) -> Prediction:
+def predict(config: Config, world_size: int, machine: Machine, *, vocab_size: int, quick: bool = False) -> Prediction:
     """Rehearse the first rank of the first, a middle and the last stage. Raises ``ConfigError`` as ``rehearse``.
 
     Args:
-        between: rehearse a middle stage too; else they are taken to be as slow as the first.
+        quick: a quarter of the work, to compare layouts: middle stages are taken to be as slow as the first, and the
+            time is that of the heaviest step.
     """
     tensor, stages = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    chosen = sorted({0, min(1, stages - 1) if between else 0, stages - 1})
+    chosen = sorted({0, 0 if quick else min(1, stages - 1), stages - 1})
     replicas = world_size // (tensor * stages)
     ranks = [stage * tensor * replicas for stage in chosen]  # megatron's order: tensor, data, pipeline
     heaviest = [rehearse(config, rank, world_size, vocab_size=vocab_size) for rank in ranks]
-    ordinary = [rehearse(config, rank, world_size, vocab_size=vocab_size, scored=ORDINARY_SHARE) for rank in ranks]
-    times = [stage_time(step, machine) for step in ordinary]
+    ordinary = (
+        heaviest
+        if quick
+        else [rehearse(config, rank, world_size, vocab_size=vocab_size, scored=_ORDINARY) for rank in ranks]
+    )
+    times, last = [stage_time(step, machine) for step in ordinary], ordinary[-1].ledger
     count = config.train.global_batch_size // (config.train.micro_batch_size * replicas)
     middle = times[1] if len(times) == 3 else times[0]
     every = [times[0], *[middle] * (stages - 2), times[-1]] if stages > 1 else times
@@ -120,6 +127,8 @@ def predict(
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         mfu=flops / (seconds * world_size * machine.matmul),
+        collectives={key: (calls, last.sent[key]) for key, calls in last.calls.items()},
+        waits=dict(last.waits),
     )
 
 
@@ -160,7 +169,7 @@ def _communication(step: RankStep, phase: str, machine: Machine, *, only: str = 
 
 
 def collective_time(collective: Collective, size: int, calls: int, machine: Machine) -> float:
-    """Seconds of ``calls`` collectives of ``size`` bytes together, by the ring algorithm (NCCL tests' bus bandwidth)."""
+    """Seconds of ``calls`` collectives of ``size`` bytes together, as rings (the bus bandwidth of NCCL's tests)."""
     if collective.ranks < 2:
         return 0.0
     near = collective.nodes < 2

@@ -16,6 +16,7 @@ from megatron_dlm.rehearsal.machines import Machine
 from megatron_dlm.rehearsal.prediction import Prediction, predict
 
 _BYTES_PER_PARAMETER = {"bf16": 6, "fp32": 8}  # weights and fp32 gradients
+_MICRO_BATCHES = (1, 2, 4)
 _OPTIMIZER_BYTES = 8  # both moments; the main parameters are 4 more in bf16
 
 
@@ -41,9 +42,16 @@ class Candidate(NamedTuple):
 
 
 def search(
-    config: Config, world_size: int, machine: Machine, *, vocab_size: int, say: Callable[[str], None] = lambda line: None
+    config: Config,
+    world_size: int,
+    machine: Machine,
+    *,
+    vocab_size: int,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Candidate]:
     """Layouts that were looked at: those that fit first, the fastest first, then the others with their reasons.
+
+    The order is that of the heaviest step.
 
     Tensor parallelism within a node and with sequence parallelism, stages that divide the layers. A larger micro-batch
     is tried where the smaller one fits, recomputation where it does not fit without, interleaving where the layout
@@ -72,7 +80,7 @@ def search(
     for tensor in (size for size in (1, 2, 4, 8) if world_size % size == 0):
         for stages in (size for size in (1, 2, 4, 8, 16) if layers % size == 0 and world_size % (tensor * size) == 0):
             interleaved = [virtual for virtual in (2, 4) if stages > 1 and layers % (stages * virtual) == 0]
-            for micro_batch in (1, 2, 4):
+            for micro_batch in _MICRO_BATCHES:
                 if attempt(tensor, stages, None, micro_batch, "none"):
                     for virtual in interleaved:
                         attempt(tensor, stages, virtual, micro_batch, "none")
@@ -89,7 +97,7 @@ def _try(config: Config, world_size: int, machine: Machine, vocab_size: int) -> 
     if (least := _least_bytes(config, world_size, vocab_size)) > machine.memory:
         return Candidate(config, None, f"weights, gradients and optimizer alone need {least / 1e9:.0f} GB")
     try:
-        prediction = predict(config, world_size, machine, vocab_size=vocab_size, between=False)
+        prediction = predict(config, world_size, machine, vocab_size=vocab_size, quick=True)
     except ConfigError as error:
         return Candidate(config, None, str(error))
     most = max(memory.total for memory in prediction.memory)

@@ -41,7 +41,7 @@ RUN = [
     ["training"],
 ]
 BEFORE_AND_AFTER = [
-    ["preparation", "generation", "hf", "costs"],
+    ["preparation", "generation", "hf", "costs", "rehearsal"],
     ["evaluation"],
     ["figures"],
     ["commands"],
@@ -54,7 +54,7 @@ EXPERIMENT = [
 FLOORS = {
     name: number for number, names in enumerate([*GROUND, *RUN, *BEFORE_AND_AFTER, *EXPERIMENT]) for name in names
 }
-MEGATRON = {"parallel", "model", "training", "preparation"}
+MEGATRON = {"parallel", "model", "training", "preparation", "rehearsal"}
 """Folders that may import megatron-core: importing any of them prepares the machine for it first."""
 LIGHT = {"shipped", "megatron_dlm", "errors", "files", "packages", "formatting", "run_folder"}
 LIGHT |= {"config", "flops", "diffusion", "costs", "data"}
