@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest
 SHARED := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 DEMO := runs/demo
 
-.PHONY: help demo quick test browser parity exactness kills kernels-report test-py312 lint types clean
+.PHONY: help demo quick test browser parity exactness kills rehearsal kernels-report test-py312 lint types clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ exactness: $(STAMP)  ## Print how resumed and resharded runs differ from straigh
 
 kills: $(STAMP)  ## Print how runs that were killed in saves end, 20 kills a layout (minutes)
 	$(PYTEST) tests/distributed/test_killed_saves.py -s -m 'slow or not slow'
+
+rehearsal: $(STAMP)  ## Print rehearsed ranks of `plan` beside real ones (minutes)
+	$(PYTEST) tests/distributed/test_rehearsal.py -s -m 'slow or not slow'
 
 kernels-report: $(STAMP)  ## Registers, spills and instructions of every kernel, compiled for sm_90
 	$(PYTEST) -s $(wildcard tests/*/test_aot_*.py)

