@@ -78,11 +78,7 @@ class LastLayer(TransformerLayer):
     def _attend_by_sequence(
         self, query: Tensor, rows: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None
     ) -> Tensor:
-        """Core attention, [n, heads * head_dim] -> the same; sequences are padded to the most queries of any.
-
-        On a GPU the host does not know that number and takes its limit, the length of the sequence; with one
-        sequence there is nothing to pad.
-        """
+        """Core attention, [n, heads * head_dim] -> the same; sequences are padded to the most queries of any."""
         (seq, batch, _, dim), count = key.shape, len(rows)
         core = self.self_attention.core_attention
         if batch == 1:
@@ -90,10 +86,15 @@ class LastLayer(TransformerLayer):
         chosen = rows % batch == torch.arange(batch, device=rows.device)[:, None]
         chosen &= rows < seq * batch
         number = chosen.cumsum(1)
-        most = min(count, seq) if rows.is_cuda else max(1, int(number[:, -1].max()))
+        most = _most_queries(number[:, -1], limit=min(count, seq))
         place = (number - 1) * batch + torch.arange(batch, device=rows.device)[:, None]
         # Padding goes to one place more than there are.
         place = torch.where(chosen, place, 0).sum(0) + torch.where(chosen.any(0), 0, most * batch)
         padded = query.new_zeros(most * batch + 1, query.shape[1]).index_copy(0, place, query)[:-1]
         output = core(padded.view(most, batch, -1, dim), key, value, lengths)
         return output.flatten(0, 1).index_select(0, place.clamp(max=most * batch - 1))
+
+
+def _most_queries(numbers: Tensor, limit: int) -> int:
+    """The largest of ``numbers`` [batch], 1 at least; on a GPU, where the host would have to wait for it, the limit."""
+    return limit if numbers.is_cuda else max(1, int(numbers.max()))

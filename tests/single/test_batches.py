@@ -32,13 +32,14 @@ def test_the_slowest_rank_scores_half_of_its_tokens(ranks: int, before: float) -
     count = BATCH // ranks
     places = np.array([[first_position(i, count, rank, ranks, 1) for i in range(count)] for rank in range(ranks)])
     in_turns = np.arange(BATCH).reshape(count, ranks).T
-    worst = {"pairs": [], "in turns": []}
+    worst: dict[str, list[float]] = {"pairs": [], "in turns": []}
     for step in range(STEPS):
-        drawn = draw(np.arange(BATCH) + step * BATCH, "stratified_antithetic", seed=1, step=step, global_batch_size=BATCH)
+        ids = np.arange(BATCH) + step * BATCH
+        drawn = draw(ids, "stratified_antithetic", seed=1, step=step, global_batch_size=BATCH)
         masked = linear_count(drawn, np.full(BATCH, SEQ)) / SEQ
         for name, rows in (("pairs", places), ("in turns", in_turns)):
             worst[name].append(masked[rows].mean(axis=1).max())
     now, then = (float(np.mean(worst[name])) for name in ("pairs", "in turns"))
-    print(f"SHARE DP{ranks}, {count} micro-batches: slowest rank's masked share {then:.3f} in turns, {now:.4f} in pairs")
+    print(f"SHARE DP{ranks}, {count} micro-batches: slowest rank masks {then:.3f} in turns, {now:.4f} in pairs")
     assert now == pytest.approx(0.5, abs=1 / SEQ)
     assert then == pytest.approx(before, abs=0.02)

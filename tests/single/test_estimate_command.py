@@ -96,7 +96,7 @@ def write_config(path: Path, tokenizer: str = "byte") -> Path:
 
 
 def test_the_model_comes_from_a_file_a_checkpoint_or_a_hugging_face_directory(estimate: Any, tmp_path: Path) -> None:
-    """Checkpoints pad the vocabulary of 258 bytes and control tokens, exports do not; theirs is the whole last layer."""
+    """Checkpoints pad the vocabulary of 258 bytes and control tokens; exports do not, and compute whole layers."""
     (tmp_path / "hub").mkdir()
     hub = {
         "model_type": "qwen3",

@@ -92,8 +92,10 @@ def test_the_sampler_costs_what_torch_counts(steps: int | None, block_length: in
     flops = counted(lambda: sample(denoiser, prompts, options, vocabulary=IDS, max_new_tokens=8))
     settings: dict[str, Any] = {"steps": steps, "block_length": block_length}
     assert flops == sampler_flops(model, columns, rows, **settings, last_layer_rows=True)
-    assert flops < sampler_flops(model, columns, rows, **settings) < sampler_flops(
-        model, columns, [Row(17, 11)] * 3, **settings
+    assert (
+        flops
+        < sampler_flops(model, columns, rows, **settings)
+        < sampler_flops(model, columns, [Row(17, 11)] * 3, **settings)
     )
 
 

@@ -53,7 +53,8 @@ def test_flops_are_three_forwards_with_the_head_on_computed_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "last_layer"), [("masked_diffusion", "scored"), ("masked_diffusion", "all"), ("autoregressive", "all")]
+    ("objective", "last_layer"),
+    [("masked_diffusion", "scored"), ("masked_diffusion", "all"), ("autoregressive", "all")],
 )
 def test_flops_are_those_that_torch_counts(objective: str, last_layer: str, tiny_data: Path) -> None:
     """To the last one, but for three terms of the convention, which are added here.
