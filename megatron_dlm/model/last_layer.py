@@ -67,8 +67,9 @@ class LastLayer(TransformerLayer):
         key, value = F.linear(normed, rest.flatten(0, 1)).view(seq, batch, groups, 2 * dim).split(dim, dim=-1)
         source = rows.clamp(max=seq * batch - 1)
         query = F.linear(normed.flatten(0, 1).index_select(0, source), query_weight.flatten(0, 1))
-        query = attention.q_layernorm(query.view(len(rows), 1, -1, dim))
-        key = attention.k_layernorm(key)
+        query = query.view(len(rows), 1, -1, dim)
+        if self.config.qk_layernorm:
+            query, key = attention.q_layernorm(query), attention.k_layernorm(key)
         context_group = attention.pg_collection.cp
         query = apply_rotary_pos_emb(query, rotary[source // batch], self.config, cp_group=context_group)
         key = apply_rotary_pos_emb(key, rotary, self.config, cp_group=context_group)
