@@ -37,40 +37,70 @@ def _attention_width(model: ModelConfig) -> int:
     return model.num_layers * model.num_attention_heads * model.resolved_head_dim
 
 
+def _scored_only_weights(model: ModelConfig) -> int:
+    """Weights of the last layer that only scored positions need: all but those of keys and values."""
+    queries = 2 * model.num_attention_heads * model.resolved_head_dim
+    return model.hidden_size * (queries + 3 * model.ffn_hidden_size)
+
+
 def training_flops(
-    model: ModelConfig, *, tokens: float, head_rows: float, sequence_length: int, vocab_size: int
+    model: ModelConfig,
+    *,
+    tokens: float,
+    head_rows: float,
+    sequence_length: int,
+    vocab_size: int,
+    last_layer_rows: bool = False,
 ) -> float:
     """FLOPs of forward and backward, without recomputation.
 
     3 x forward of: 2 per non-embedding parameter and token, norms included; attention 4 n d seq per token (half of it
-    when causal); the LM head on the rows and columns that are computed.
+    when causal); the LM head on the rows and columns that are computed. Queries with which the last layer pads
+    sequences to equal numbers of them do not count.
 
     Args:
         tokens: that go through the layers.
         head_rows: tokens that are scored.
         vocab_size: columns of the head; those that only pad the vocabulary are never computed.
+        last_layer_rows: whether the last layer leaves out what is not scored, but for keys, values and norms.
     """
     attention = 4.0 * sequence_length * _attention_width(model)
     if model.kind.causal:
         attention /= 2
     body = (2.0 * _non_embedding_parameters(model) + attention) * tokens
+    if last_layer_rows:
+        body -= (2.0 * _scored_only_weights(model) + attention / model.num_layers) * (tokens - head_rows)
     return 3.0 * (body + 2.0 * model.hidden_size * vocab_size * head_rows)
 
 
-def forward_flops(model: ModelConfig, vocab_size: int, lengths: Sequence[int], *, head_rows: int) -> int:
+def forward_flops(
+    model: ModelConfig,
+    vocab_size: int,
+    lengths: Sequence[int],
+    *,
+    head_rows: Sequence[int],
+    last_layer_rows: bool = False,
+) -> int:
     """FLOPs of one forward of a bidirectional batch: 2 N' T B + 4 n d (sum of squared lengths) + 2 h V R.
 
-    T is the longest length, to which the B rows are padded, R the rows of the head.
+    T is the longest length, to which the B rows are padded, R the rows of the head. With ``last_layer_rows`` the last
+    layer has queries, output projection and SwiGLU for the R rows only, and attends with as many queries of every
+    sequence as the head has of any, of its length at most.
 
     Args:
         vocab_size: V, the columns of the head: ``ModelConfig.padded_vocab_size`` for a checkpoint's model; an export's
             has no padding.
         lengths: real tokens of every row; padding goes through the layers, but no attention is computed for it.
-        head_rows: positions whose logits are asked for.
+        head_rows: positions of every row whose logits are asked for.
+        last_layer_rows: see above; not so in an export, and on a GPU only for one sequence at a time.
     """
     body = 2 * _layer_weights(model) * len(lengths) * max(lengths)
     attention = 4 * _attention_width(model) * sum(length**2 for length in lengths)
-    return body + attention + 2 * model.hidden_size * vocab_size * head_rows
+    if last_layer_rows:
+        body -= 2 * _scored_only_weights(model) * (len(lengths) * max(lengths) - sum(head_rows))
+        width = model.num_attention_heads * model.resolved_head_dim
+        attention -= 4 * width * sum(length * (length - min(length, max(head_rows))) for length in lengths)
+    return body + attention + 2 * model.hidden_size * vocab_size * sum(head_rows)
 
 
 def autoregressive_flops(

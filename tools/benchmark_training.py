@@ -1,10 +1,12 @@
 """Tokens per second of our training step beside a plain transformers loop of the same model, in one process.
 
     python tools/benchmark_training.py --config examples/configs/demo.yaml [--section.key VALUE ...] [--rounds 5]
+        [--beside kernels.last_layer_rows=all]
 
 The plain loop is what one writes without a training system: transformers' Qwen3 made bidirectional, Bernoulli masks
 with t ~ U(0, 1), the LM head on every position, cross-entropy / t, torch's AdamW. Same sizes, batch, precision and
-number of threads. The two take turns, so that the machine's mood hits both; the figure is the ratio of the medians.
+number of threads. ``--beside`` adds our step with one key changed. All take turns, so that the machine's mood hits
+them alike; the figures are ratios of the medians.
 """
 
 from __future__ import annotations
@@ -98,10 +100,12 @@ def timed(step: Callable[[int], float], first: int, count: int, device: torch.de
     return (time.perf_counter() - started) / count
 
 
-def compare(config: Config, *, rounds: int, steps: int) -> dict[str, Any]:
-    """Alternate the two loops for ``rounds`` rounds of ``steps`` steps; tokens/s by median and their ratio."""
-    training = build(config, parallel.initialize(config.parallel))
+def compare(config: Config, beside: dict[str, Config], *, rounds: int, steps: int) -> dict[str, Any]:
+    """Alternate the loops for ``rounds`` rounds of ``steps`` steps; tokens/s by median, and ours over each of them."""
+    topology = parallel.initialize(config.parallel)
+    training = build(config, topology)
     contenders = {"megatron_dlm": our_step(training), "transformers": plain_step(training)}
+    contenders |= {name: our_step(build(other, topology)) for name, other in beside.items()}
     tokens = config.train.global_batch_size * config.data.sequence_length
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(rounds + 1):
@@ -112,7 +116,7 @@ def compare(config: Config, *, rounds: int, steps: int) -> dict[str, Any]:
     rates = {name: tokens / statistics.median(values) for name, values in seconds.items()}
     return {
         "tokens_per_second": rates,
-        "ratio": rates["megatron_dlm"] / rates["transformers"],
+        "ratios": {name: rates["megatron_dlm"] / rate for name, rate in rates.items() if name != "megatron_dlm"},
         "range": {name: [tokens / max(v), tokens / min(v)] for name, v in seconds.items()},
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -125,18 +129,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each loop (default 5)")
     parser.add_argument("--steps", type=int, default=4, help="steps in a round (default 4)")
+    parser.add_argument("--beside", metavar="KEY=VALUE", help="also run our step with this key changed")
     parser.add_argument("--json", help="write the figures to this file too")
     options, rest = parser.parse_known_args()
     try:
-        config = load_config([*rest, "--parallel.data_parallel_size", "1"])
-        result = compare(config, rounds=options.rounds, steps=options.steps)
+        rest += ["--parallel.data_parallel_size", "1"]
+        beside = {}
+        if options.beside:
+            key, _, value = options.beside.partition("=")
+            beside[options.beside] = load_config([*rest, f"--{key}", value])
+        result = compare(load_config(rest), beside, rounds=options.rounds, steps=options.steps)
     except (ConfigError, DataError) as error:
         print(f"benchmark_training: {error}", file=sys.stderr)
         return 2
     for name, rate in result["tokens_per_second"].items():
         low, high = result["range"][name]
         print(f"{name:14} {rate:10.0f} tokens/s   (range {low:.0f} to {high:.0f})")
-    print(f"ratio          {result['ratio']:10.2f}x")
+    for name, ratio in result["ratios"].items():
+        print(f"over {name:9} {ratio:10.2f}x")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=2)

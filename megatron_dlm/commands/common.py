@@ -102,6 +102,8 @@ class ModelShape(NamedTuple):
     vocab_size: int
     head_columns: int
     """The vocabulary, padded where the model pads it."""
+    last_layer_rows: bool
+    """Whether its last layer leaves out what the head does not read (an export's does not)."""
 
 
 def model_shape(path: str, vocab_size: int | None) -> ModelShape:
@@ -121,18 +123,19 @@ def model_shape(path: str, vocab_size: int | None) -> ModelShape:
 
         source = read_source_config(folder)
         rows = vocab_size or source.rows
-        return ModelShape(source.model, rows, rows)
+        return ModelShape(source.model, rows, rows, last_layer_rows=False)
     if folder.is_dir():
         from megatron_dlm.checkpoint.stored import open_checkpoint
 
         stored = open_checkpoint(folder)
-        model, vocab_size = stored.config.model, vocab_size or int(stored.info["vocab_size"])
+        config, vocab_size = stored.config, vocab_size or int(stored.info["vocab_size"])
     else:
         from megatron_dlm.config.load import load_config
 
         config = load_config(["--config", path])
-        model, vocab_size = config.model, vocab_size or _tokenizer_size(path, config.data.tokenizer)
-    return ModelShape(model, vocab_size, model.padded_vocab_size(vocab_size))
+        vocab_size = vocab_size or _tokenizer_size(path, config.data.tokenizer)
+    model = config.model
+    return ModelShape(model, vocab_size, model.padded_vocab_size(vocab_size), config.last_layer_rows)
 
 
 def _tokenizer_size(path: str, tokenizer: str) -> int:

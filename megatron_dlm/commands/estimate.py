@@ -57,13 +57,15 @@ def _inference(args: argparse.Namespace) -> int:
     check_at_least(args, vocab_size=1, prompt_tokens=0)
     if args.output:
         check_figure_output(args.output)
-    model, vocab_size, columns = model_shape(args.config, args.vocab_size)
+    model, vocab_size, columns, last_layer_rows = model_shape(args.config, args.vocab_size)
     weights = PublishedConvention.of(model, vocab_size).parameters
-    costs = inference_costs(model, vocab_size, head_columns=columns, prompt_tokens=args.prompt_tokens)
+    options: dict[str, Any] = {"head_columns": columns, "last_layer_rows": last_layer_rows}
+    options["prompt_tokens"] = args.prompt_tokens
+    costs = inference_costs(model, vocab_size, **options)
     shape = f"{model.num_layers} layers x {model.hidden_size}"
     if args.output:
         title = f"{shape} | {weights:,} weights with the LM head | {prompt_words(args.prompt_tokens)}"
-        draw(model, vocab_size, args.output, title=title, head_columns=columns, prompt_tokens=args.prompt_tokens)
+        draw(model, vocab_size, args.output, title=title, **options)
     if args.json:
         content: dict[str, Any] = {
             "weights_with_lm_head": weights,
@@ -81,7 +83,7 @@ def _inference(args: argparse.Namespace) -> int:
     heads += groups if model.resolved_query_groups != model.num_attention_heads else ""
     print(f"model     {shape} | {heads} | FFN {model.ffn_hidden_size} | vocabulary {vocab_size:,}")
     print(f"weights   {weights:,} with the LM head, without the embedding that is only looked up\n")
-    print(inference_table(costs, columns))
+    print(inference_table(costs, columns, last_layer_rows))
     if args.output:
         print(f"\nfigure    {args.output}")
     return 0

@@ -161,6 +161,9 @@ class KernelsConfig:
     """Masked tokens whose logits exist at a time; fewer need less memory."""
     fp32_logits: bool = False
     """Keep the logits of bf16 layers in fp32: a more exact gradient where predictions are confident."""
+    last_layer_rows: Literal["scored", "all"] = "scored"
+    """Positions at which the last layer is computed (its keys and values always are at all of them). The result is the
+    same within rounding. Dropout, the autoregressive objective and Transformer Engine's layers need all."""
 
 
 @dataclass
@@ -305,3 +308,9 @@ class Config:
     def rows_per_sequence(self) -> int:
         """Rows of the global batch that hold the same training sequence: 2 with complementary masks."""
         return 2 if self.diffusion.complementary and self.model.kind.complements else 1
+
+    @property
+    def last_layer_rows(self) -> bool:
+        """Whether nothing in the configuration keeps the last layer from being computed at the scored tokens only."""
+        dropout = self.model.attention_dropout > 0 or self.model.hidden_dropout > 0
+        return self.kernels.last_layer_rows == "scored" and not dropout and not self.model.kind.causal

@@ -6,7 +6,7 @@ All figures are exact integers, by the formulas of ``flops``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_dlm.config.tree import ModelConfig
 from megatron_dlm.flops import PublishedConvention, autoregressive_flops, forward_flops
@@ -35,6 +35,7 @@ def sampler_flops(
     steps: int | None = None,
     block_length: int | None = None,
     guidance: bool = False,
+    last_layer_rows: bool = False,
 ) -> int:
     """FLOPs of ``sampler.sample`` for a batch: the sum of ``forward_flops`` over its steps.
 
@@ -46,6 +47,7 @@ def sampler_flops(
         steps: as ``SamplerOptions.steps``; None: one for each mask.
         block_length: as ``SamplerOptions.block_length``; None: all masks at once.
         guidance: with classifier-free guidance, which reads and asks for everything twice.
+        last_layer_rows: see ``forward_flops``.
 
     Raises:
         ValueError: fewer steps than blocks.
@@ -61,7 +63,7 @@ def sampler_flops(
             if number < len(planned)
         ]
         lengths, asked = zip(*active, strict=True)
-        total += forward_flops(model, vocab_size, lengths, head_rows=sum(asked))
+        total += forward_flops(model, vocab_size, lengths, head_rows=asked, last_layer_rows=last_layer_rows)
     # Guidance reads every row twice, once without its prompt.
     return total * (2 if guidance else 1)
 
@@ -104,6 +106,7 @@ def inference_costs(
     *,
     head_columns: int | None = None,
     prompt_tokens: int = 0,
+    last_layer_rows: bool = False,
     lengths: Sequence[int] = LENGTHS,
 ) -> InferenceCosts:
     """The comparison of AR and DLM of this size: L steps, fewer, and block by block.
@@ -112,6 +115,7 @@ def inference_costs(
         vocab_size: of the published convention.
         head_columns: that our sampler computes; None: ``vocab_size``. See ``forward_flops``.
         prompt_tokens: before the new ones; AR reads them once, a DLM in every step.
+        last_layer_rows: of our sampler; see ``forward_flops``.
         lengths: numbers of new tokens.
     """
     convention, columns = PublishedConvention.of(model, vocab_size), head_columns or vocab_size
@@ -121,7 +125,8 @@ def inference_costs(
 
     def sampled(tokens: int, steps: int, block_length: int | None) -> int:
         row = Row(prompt_tokens + tokens, tokens)
-        return sampler_flops(model, columns, [row], steps=steps, block_length=block_length)
+        options: dict[str, Any] = {"steps": steps, "block_length": block_length, "last_layer_rows": last_layer_rows}
+        return sampler_flops(model, columns, [row], **options)
 
     def left_to_right(cached: bool) -> list[int]:
         return [

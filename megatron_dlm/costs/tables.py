@@ -13,14 +13,14 @@ from megatron_dlm.shipped.sampler_plan import DEFAULT_BLOCK_LENGTH
 _WIDTH = 108
 
 
-def inference_table(costs: InferenceCosts, head_columns: int) -> str:
+def inference_table(costs: InferenceCosts, head_columns: int, last_layer_rows: bool) -> str:
     """Both ways of counting; every cell has FLOPs and how many times those of AR with a KV cache they are."""
     notes = [
         f"published convention: a step reads all L tokens (growing by {DEFAULT_BLOCK_LENGTH}: those up to the end of "
         "its block), and the LM head runs on every token that is read.",
-        f"our sampler: a step reads the prompt and all L tokens, and the LM head ({head_columns:,} columns) runs on "
-        "the masks of the current block only. AR has the head on the last token only; it samples with a cache from an "
-        "export, and recomputed from a checkpoint.",
+        f"our sampler: a step reads the prompt and all L tokens, and the LM head ({head_columns:,} columns) "
+        f"{'and the last layer run' if last_layer_rows else 'runs'} on the masks of the current block only. AR has the "
+        "head on the last token only; it samples with a cache from an export, and recomputed from a checkpoint.",
     ]
     return "\n".join(
         [

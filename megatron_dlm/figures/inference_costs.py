@@ -22,13 +22,11 @@ _LINES = {
 }
 
 
-def draw(
-    model: ModelConfig, vocab_size: int, output: Path, *, title: str, head_columns: int | None, prompt_tokens: int
-) -> None:
+def draw(model: ModelConfig, vocab_size: int, output: Path, *, title: str, **options: Any) -> None:
     """Write the figure in the format that the suffix of ``output`` names; written beside, then renamed.
 
     Lines are what our sampler spends. Circles are the published convention at its lengths, dashed lines are its text
-    that grows block by block. The arguments are those of ``inference_costs``.
+    that grows block by block. The other arguments are those of ``inference_costs``.
 
     Raises:
         DataError: it cannot be written; then what was there before is unchanged.
@@ -37,7 +35,7 @@ def draw(
     from matplotlib.figure import Figure
 
     lengths = [2**power for power in range(4, 13)]
-    costs = inference_costs(model, vocab_size, head_columns=head_columns, prompt_tokens=prompt_tokens, lengths=lengths)
+    costs = inference_costs(model, vocab_size, lengths=lengths, **options)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12.4, 5.9), layout="constrained")
         flops, ratio = figure.subplots(1, 2)

@@ -63,13 +63,14 @@ class CoreAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: [seq, batch, heads/TP, head_dim].
+            query: [seq, batch, heads/TP, head_dim]; of some positions only, another number than seq or in another
+                order, where attention is bidirectional.
             key: [seq, batch, groups/TP, head_dim].
             value: as ``key``.
             attention_mask: lengths [batch] int64 on the CPU; None where every row is full.
 
         Returns:
-            [seq, batch, heads/TP * head_dim]; zero beyond a row's length.
+            As ``query``, [seq, batch, heads/TP * head_dim]; zero beyond a row's length.
         """
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [batch, heads, seq, head_dim]
         if attention_mask is None:
@@ -79,8 +80,11 @@ class CoreAttention(MegatronModule):
         return output.permute(2, 0, 1, 3).flatten(2)
 
     def _attend_within(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-        """[batch, heads, seq, head_dim] with row i attending to its first ``lengths[i]`` positions only."""
-        seq = query.shape[2]
+        """[batch, heads, seq, head_dim] with row i attending to its first ``lengths[i]`` positions only.
+
+        No more than so many of its queries are computed: the others would be of padding.
+        """
+        seq = key.shape[2]
         # Full rows go through one fused call; the few that are shorter take one each, on a slice.
         full = [i for i, length in enumerate(lengths) if length == seq]
         output = torch.zeros_like(query)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from typing import Any
 
@@ -15,7 +16,9 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_dlm.config.tree import Config
 from megatron_dlm.model.attention import CoreAttention, RMSNorm
+from megatron_dlm.model.last_layer import LastLayer
 
 
 def uses_transformer_engine() -> bool:
@@ -23,10 +26,17 @@ def uses_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
+def last_layer_takes_rows(config: Config) -> bool:
+    """Whether the last layer leaves out what the head does not read; Transformer Engine's layers cannot."""
+    return config.last_layer_rows and not uses_transformer_engine()
+
+
 def block_submodules(
-    config: TransformerConfig, *, causal: bool, vp_stage: int | None = None
+    config: TransformerConfig, *, causal: bool, vp_stage: int | None = None, last_layer_rows: bool = False
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage (of its chunk ``vp_stage``) and the final norm.
+
+    With ``last_layer_rows`` the last of them is a ``LastLayer``, which takes a list of positions.
 
     Core attention is ours in both cases: it attends within a row's own length without a mask tensor.
     Norms have the same names in checkpoints in both cases, so that a GPU checkpoint loads on a CPU.
@@ -45,6 +55,9 @@ def block_submodules(
     attention.submodules.core_attention = CoreAttention
     # megatron builds each from the one description; which layers these are, it asks the pipeline rank.
     layers = [spec] * get_num_layers_to_build(config, vp_stage=vp_stage)
+    if last_layer_rows:
+        layers[-1] = copy.copy(spec)
+        layers[-1].module = LastLayer
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
 
 

@@ -19,7 +19,7 @@ from dlm_kernels import linear_cross_entropy
 from megatron_dlm.config.tree import Config, KernelsConfig
 from megatron_dlm.diffusion.objective import Batch
 from megatron_dlm.model.initialization import initialize_weights
-from megatron_dlm.model.layer_spec import block_submodules
+from megatron_dlm.model.layer_spec import block_submodules, last_layer_takes_rows
 from megatron_dlm.parallel.megatron_config import transformer_config
 from megatron_dlm.parallel.topology import Topology
 
@@ -52,6 +52,7 @@ class DiffusionTransformer(LanguageModule):
         causal: bool,
         tie_embeddings: bool,
         kernels: KernelsConfig,
+        last_layer_rows: bool = False,
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
@@ -62,6 +63,7 @@ class DiffusionTransformer(LanguageModule):
             vocab_size: ids that exist, [MASK] included; columns beyond it never receive probability.
             padded_vocab_size: rows of the embedding and the head, a multiple of the tensor-parallel size.
             kernels: how the loss is computed.
+            last_layer_rows: whether the last layer may leave out the positions that the head does not read.
             pre_process: whether this chunk embeds the tokens (first stage).
             post_process: whether this chunk holds the final norm and the head (last stage).
             vp_stage: the chunk's number under an interleaved schedule.
@@ -87,9 +89,10 @@ class DiffusionTransformer(LanguageModule):
             rotary_base=rope_theta,
             cp_group=self.pg_collection.cp,
         )
+        self.last_layer_rows = post_process and last_layer_rows
         self.decoder = TransformerBlock(
             config,
-            block_submodules(config, causal=causal, vp_stage=vp_stage),
+            block_submodules(config, causal=causal, vp_stage=vp_stage, last_layer_rows=self.last_layer_rows),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -126,8 +129,8 @@ class DiffusionTransformer(LanguageModule):
             tokens: [batch, seq] int64, the noised tokens xt; needed on the first stage only.
             lengths: [batch] int64 on the CPU, or None where every row is full; needed on every stage.
             batch: targets and weights, for a loss; needed on the last stage only.
-            rows: [n] int64, flat indices into [batch * seq] of the positions whose logits are wanted where there is no
-                ``batch``; None: of all.
+            rows: [n] int64, distinct flat indices into [batch * seq] of the positions whose logits are wanted where
+                there is no ``batch``, ascending; None: of all.
 
         Returns:
             Hidden states [seq/SP, batch, hidden] on all but the last stage. There ``TokenLosses`` of
@@ -137,17 +140,24 @@ class DiffusionTransformer(LanguageModule):
         # Without an embedding the block takes what `set_input_tensor` was given.
         hidden = self.embedding(tokens, None) if self.pre_process else None
         # [seq/SP, batch, hidden], where rotary angles are wanted for the whole sequence.
-        length = (self.decoder.input_tensor if hidden is None else hidden).shape[0]
+        length, size = (self.decoder.input_tensor if hidden is None else hidden).shape[:2]
         if self.config.sequence_parallel:
             length *= self.config.tensor_model_parallel_size
-        # Not a mask: our core attention takes the lengths in its place.
-        hidden = self.decoder(hidden, attention_mask=lengths, rotary_pos_emb=self.rotary_pos_emb(length))
+        read = rows if batch is None else batch.rows
+        if read is not None:
+            read = _sequence_first_rows(read, size, length)
+        hidden = self.decoder(
+            hidden,
+            attention_mask=lengths,  # not a mask: our core attention takes the lengths in its place
+            context_mask=self._last_layer_positions(read, size * length),
+            rotary_pos_emb=self.rotary_pos_emb(length),
+        )
         if not self.post_process:
             return hidden
         if batch is not None:
-            return self._loss(hidden, batch)
-        if rows is not None:
-            return self._logits(hidden, rows, columns=length)
+            return self._loss(hidden, batch, read)
+        if read is not None:
+            return self._logits(hidden, read)
         return self.output_layer(hidden, weight=self.head_weight())[0]
 
     def head_weight(self) -> Tensor:
@@ -156,28 +166,37 @@ class DiffusionTransformer(LanguageModule):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
-    def _logits(self, hidden: Tensor, rows: Tensor, columns: int) -> Tensor:
-        """The head on some positions of [batch, columns] only."""
+    def _last_layer_positions(self, read: Tensor | None, total: int) -> Tensor | None:
+        """What a ``LastLayer`` takes: ``read`` with padding, which has the value ``total``; None: all positions."""
+        if read is None or not self.last_layer_rows:
+            return None
+        # One at least, so that a micro-batch without masks has a gradient too, of zero.
+        multiple = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return F.pad(read, (0, -len(read) % multiple if len(read) else multiple), value=total)
+
+    def _logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """The head on ``rows`` of the hidden states only, or on those that the last layer has left."""
         if self.config.sequence_parallel:
             # The rows that are wanted may be on any rank; [seq, batch, hidden] is gathered first.
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        rows = _sequence_first_rows(rows, hidden.shape[1], columns)
-        return F.linear(hidden.flatten(0, 1)[rows], self.head_weight())
+        hidden = hidden.flatten(0, 1)
+        return F.linear(hidden[: len(rows)] if self.last_layer_rows else hidden[rows], self.head_weight())
 
-    def _loss(self, hidden: Tensor, batch: Batch) -> TokenLosses:
-        """The head and the loss on the batch's rows only; full logits never exist."""
+    def _loss(self, hidden: Tensor, batch: Batch, rows: Tensor | None) -> TokenLosses:
+        """The head and the loss on ``rows`` of the hidden states only; full logits never exist."""
         size, seq = batch.inputs.shape
-        rows, targets, weights = batch.rows, batch.targets, batch.weights
+        targets, weights, count = batch.targets, batch.weights, len(batch.targets)
         if rows is None:  # every position: targets go to the order of the hidden states, [seq, batch]
             targets, weights = _to_sequence_first(targets, size), _to_sequence_first(weights, size)
-        else:
-            # Padding rows point behind the last position in either order.
-            rows = torch.where(rows == size * seq, rows, _sequence_first_rows(rows, size, seq))
+        elif self.last_layer_rows:  # the hidden states are those of the rows, with padding at the end
+            ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+            padding = (0, hidden.shape[0] * ranks - count)
+            targets, weights = F.pad(targets, padding), F.pad(weights, padding)
         head = self.head_weight()
         loss, cross_entropy, correct = linear_cross_entropy(
             hidden.flatten(0, 1),
             head,
-            rows,
+            None if self.last_layer_rows else rows,
             targets,
             weights,
             vocab_size=self.vocab_size,
@@ -192,12 +211,12 @@ class DiffusionTransformer(LanguageModule):
         # And back: what is returned lies as the batch's targets do.
         if rows is None:
             cross_entropy, correct = _to_sequence_first(cross_entropy, seq), _to_sequence_first(correct, seq)
-        return TokenLosses(loss, cross_entropy, correct)
+        return TokenLosses(loss, cross_entropy[:count], correct[:count])
 
 
 def _sequence_first_rows(rows: Tensor, size: int, seq: int) -> Tensor:
-    """Flat indices into [size * seq] -> those of the same positions in [seq * size]."""
-    return rows % seq * size + rows // seq
+    """Flat indices into [size * seq] -> those of the same positions in [seq * size]; size * seq, padding, stays."""
+    return torch.where(rows == size * seq, rows, rows % seq * size + rows // seq)
 
 
 def _to_sequence_first(values: Tensor, outer: int) -> Tensor:
@@ -226,6 +245,7 @@ def build_model(
                 causal=model.kind.causal,
                 tie_embeddings=model.tie_embeddings,
                 kernels=config.kernels,
+                last_layer_rows=last_layer_takes_rows(config),
                 pre_process=topology.is_first_stage and stage == 0,
                 post_process=topology.is_last_stage and stage == topology.virtual_size - 1,
                 vp_stage=stage if topology.virtual_size > 1 else None,

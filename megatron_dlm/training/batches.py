@@ -20,9 +20,9 @@ from megatron_dlm.training.progress import Progress
 class BatchStream:
     """Turns (step, rank) into micro-batches; pure functions, nothing to save.
 
-    Sample ``position`` of the global batch goes to micro-batch ``position // (micro_batch * DP)``, and
-    there to data-parallel rank ``position // micro_batch % DP``. So neighbouring samples, whose noise levels
-    are antithetic, share a micro-batch. With complementary masks sample 2j and 2j + 1 are sequence j of the data.
+    Samples of the global batch are dealt out by ``first_position``. Neighbours, whose noise levels are antithetic,
+    share a rank, so that all ranks score the same number of tokens, half of theirs. With complementary masks sample 2j
+    and 2j + 1 are sequence j of the data.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class BatchStream:
     def training(self, progress: Progress, *, reads_tokens: bool) -> Iterator[MicroBatch]:
         """This rank's micro-batches of the step behind ``progress``."""
         for index in range(self.num_microbatches):
-            sample_ids = progress.consumed_samples + self._positions(index)
+            sample_ids = progress.consumed_samples + self._positions(index, self.num_microbatches)
             yield self._micro_batch(sample_ids, reads_tokens, progress.step, self.global_batch_size, Purpose.TRAIN)
 
     def validation_microbatches(self, num_sequences: int) -> int:
@@ -52,8 +52,9 @@ class BatchStream:
 
         Places beyond the last sequence repeat it with weight zero and sample id -1.
         """
-        for index in range(self.validation_microbatches(num_sequences)):
-            sample_ids = self._positions(index)
+        count = self.validation_microbatches(num_sequences)
+        for index in range(count):
+            sample_ids = self._positions(index, count)
             inside = sample_ids < num_sequences
             micro_batch = self._micro_batch(
                 np.minimum(sample_ids, num_sequences - 1), reads_tokens, 0, num_sequences, Purpose.VALIDATION
@@ -64,9 +65,10 @@ class BatchStream:
                 batch = replace(batch, weights=batch.weights * counted)
             yield micro_batch._replace(sample_ids=np.where(inside, sample_ids, -1), batch=batch)
 
-    def _positions(self, index: int) -> np.ndarray:
-        start = (index * self.topology.data_size + self.topology.data_rank) * self.micro_batch_size
-        return np.arange(start, start + self.micro_batch_size, dtype=np.int64)
+    def _positions(self, index: int, count: int) -> np.ndarray:
+        size, topology = self.micro_batch_size, self.topology
+        start = first_position(index, count, topology.data_rank, topology.data_size, size)
+        return np.arange(start, start + size, dtype=np.int64)
 
     def _micro_batch(
         self, sample_ids: np.ndarray, reads_tokens: bool, step: int, group_size: int, purpose: Purpose
@@ -77,3 +79,13 @@ class BatchStream:
         tokens = torch.from_numpy(self.dataset.sequences(sequences)).to(self.topology.device, non_blocking=True)
         batch = self.objective.batch(tokens, sample_ids, step=step, global_batch_size=group_size, purpose=purpose)
         return MicroBatch(sample_ids, batch.inputs, batch.lengths, batch)
+
+
+def first_position(index: int, count: int, rank: int, ranks: int, size: int) -> int:
+    """Where micro-batch ``index`` of ``count`` of a data-parallel rank begins in the global batch.
+
+    Ranks take turns. With an odd ``size`` of a micro-batch a turn is two of them, so that samples 2j and 2j + 1 stay
+    on one rank; where ``count`` is odd, the last one is a turn of its own.
+    """
+    turn = 2 if size % 2 and index < count - count % 2 else 1
+    return (index // turn * turn * ranks + rank * turn + index % turn) * size

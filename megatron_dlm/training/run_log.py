@@ -16,7 +16,7 @@ from megatron_dlm.errors import TrainingError
 from megatron_dlm.files import write_text
 from megatron_dlm.flops import parameter_count, training_flops
 from megatron_dlm.formatting import format_count, format_duration
-from megatron_dlm.model.layer_spec import uses_transformer_engine
+from megatron_dlm.model.layer_spec import last_layer_takes_rows, uses_transformer_engine
 from megatron_dlm.packages import versions
 from megatron_dlm.run_folder import RunFolder
 from megatron_dlm.training.progress import Progress
@@ -138,13 +138,20 @@ def banner(training: Training, resumed: Path | None) -> list[str]:
     dataset, seq, batch = stream.dataset, config.data.sequence_length, config.train.global_batch_size
     vocab = training.tokenizer.vocab_size
     padded = config.model.padded_vocab_size(vocab)
+    rows = last_layer_takes_rows(config)
     flops = training_flops(
-        config.model, tokens=1, head_rows=config.model.kind.scored_share, sequence_length=seq, vocab_size=vocab
+        config.model,
+        tokens=1,
+        head_rows=config.model.kind.scored_share,
+        sequence_length=seq,
+        vocab_size=vocab,
+        last_layer_rows=rows,
     )
     gpu = topology.device.type == "cuda"
     device = torch.cuda.get_device_name() if gpu else "CPU"
     backend = "NCCL" if gpu else "gloo, megatron-core on the CPU backend"
     layers = "Transformer Engine" if uses_transformer_engine() else "megatron_dlm's own"
+    layers += ", the last on scored tokens" if rows else ""
     lines = [
         "versions   "
         + " | ".join(" ".join(item) for item in versions(("megatron_dlm", "megatron-core", "torch")).items()),

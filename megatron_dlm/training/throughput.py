@@ -9,6 +9,7 @@ import torch
 
 from megatron_dlm.config.tree import Config
 from megatron_dlm.flops import training_flops
+from megatron_dlm.model.layer_spec import last_layer_takes_rows
 
 # Dense bf16 peaks of the published data sheets, TFLOP/s.
 _PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
@@ -46,6 +47,7 @@ class Throughput:
         """``flops_before`` are the FLOPs of the first ``first_step`` steps; None takes them to be like the next one."""
         self._config = config
         self._vocab = vocab_size
+        self._last_layer_rows = last_layer_takes_rows(config)
         self._devices = devices
         self._steps, self._first_step, self._done = steps, first_step, first_step
         self._flops = flops_before
@@ -94,4 +96,5 @@ class Throughput:
             head_rows=head_rows,
             sequence_length=self._config.data.sequence_length,
             vocab_size=self._vocab,
+            last_layer_rows=self._last_layer_rows,
         )

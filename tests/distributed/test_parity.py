@@ -37,7 +37,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "cart": {"diffusion": {"weighting": "cart", "random_length_probability": 0.1}},
     "complementary": {"diffusion": {"complementary": True, "random_length_probability": 0.1}},
 }
-Case = tuple[str, str, dict[str, Any]]  # model, layout, extra train settings; compared with the model on one process
+# Model, layout, extra settings of train and kernels; compared with the model on one process.
+Case = tuple[str, str, dict[str, Any]]
+KERNELS = ["last_layer_rows"]
 USUAL: list[Case] = [
     *(("diffusion", layout, {}) for layout in LAYOUTS),
     ("diffusion tied", "TP2+SP", {}),
@@ -51,6 +53,7 @@ USUAL: list[Case] = [
     ("diffusion", "DP2", {"micro_batch_size": 4}),
     ("diffusion", "one", {"micro_batch_size": 8}),
     ("diffusion", "one", {"micro_batch_size": 1}),
+    ("diffusion", "one", {"last_layer_rows": "all"}),
     ("autoregressive", "one", {"recompute": "full", "micro_batch_size": 4}),
     *((variant, "DP2", {"micro_batch_size": 1}) for variant in VARIANTS),
     *((variant, "one", {"micro_batch_size": 4}) for variant in VARIANTS),
@@ -97,7 +100,11 @@ def traces(
                 tiny_data,
                 **(MODELS | VARIANTS)[model],
                 parallel=layouts[layout][1],
-                train={"steps": STEPS, "micro_batch_size": 2, "global_batch_size": BATCH, **extra},
+                kernels={key: extra[key] for key in KERNELS if key in extra},
+                train={
+                    **{"steps": STEPS, "micro_batch_size": 2, "global_batch_size": BATCH},
+                    **{key: value for key, value in extra.items() if key not in KERNELS},
+                },
             )
             for model, layout, extra in here
         ]

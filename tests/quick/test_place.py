@@ -31,11 +31,14 @@ MPIRUN |= {"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "PMIX_NAMESPACE": "prterun-77"}
 
 @pytest.fixture
 def environment(monkeypatch):
-    """An environment of no launcher, and a function that adds to it."""
+    """An environment of no launcher, and a function that adds to it; what ``adopt`` adds ends with the test."""
+    before = dict(os.environ)
     for name in list(os.environ):
         if name in {*TORCHRUN, *SRUN, *MPIRUN} or name.startswith(("TORCHELASTIC", "SLURM", "OMPI")):
             monkeypatch.delenv(name)
-    return lambda variables: [monkeypatch.setenv(*item) for item in variables.items()]
+    yield lambda variables: [monkeypatch.setenv(*item) for item in variables.items()]
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def test_the_launchers_agree_on_what_torch_reads(environment, monkeypatch):

@@ -72,7 +72,8 @@ def test_a_prompt_is_of_our_sampler_only(estimate: Any) -> None:
     assert prompted.partition(section)[2].split("our sampler")[0] == plain.partition(section)[2].split("our sampler")[0]
     content = json.loads(estimate(*arguments, "--prompt-tokens", "512", "--json"))
     assert (content["prompt_tokens"], content["vocab_size"], content["head_columns"]) == (512, 50258, 50304)
-    costs = inference_costs(load_config(["--config", PAPER]).model, 50258, head_columns=50304, prompt_tokens=512)
+    model = load_config(["--config", PAPER]).model
+    costs = inference_costs(model, 50258, head_columns=50304, prompt_tokens=512, last_layer_rows=True)
     assert content["sampler"] == [curve._asdict() for curve in costs.sampler]
     assert content["published"] == [curve._asdict() for curve in costs.published]
     assert content["tokens"] == [16, 64, 256, 1024, 4096]
@@ -95,7 +96,7 @@ def write_config(path: Path, tokenizer: str = "byte") -> Path:
 
 
 def test_the_model_comes_from_a_file_a_checkpoint_or_a_hugging_face_directory(estimate: Any, tmp_path: Path) -> None:
-    """Checkpoints pad the vocabulary of 258 bytes and control tokens, exports do not."""
+    """Checkpoints pad the vocabulary of 258 bytes and control tokens; exports do not, and compute whole layers."""
     (tmp_path / "hub").mkdir()
     hub = {
         "model_type": "qwen3",
@@ -116,7 +117,8 @@ def test_the_model_comes_from_a_file_a_checkpoint_or_a_hugging_face_directory(es
     for path, (vocab_size, columns) in sources.items():
         content = json.loads(estimate("inference", "--config", path, "--json"))
         assert (content["vocab_size"], content["head_columns"]) == (vocab_size, columns), path
-        assert content["sampler"][1]["flops"][0] == sampler_flops(ModelConfig(**MODEL), columns, [Row(16, 16)])
+        spent = sampler_flops(ModelConfig(**MODEL), columns, [Row(16, 16)], last_layer_rows=columns == 320)
+        assert content["sampler"][1]["flops"][0] == spent
         given = json.loads(estimate("inference", "--config", path, "--vocab-size", "310", "--json"))
         assert given["vocab_size"] == 310 and given["head_columns"] == max(310, 320 if columns == 320 else 0)
 
@@ -154,7 +156,8 @@ def test_the_figure_shows_what_the_table_says(estimate: Any, monkeypatch: pytest
     flops, ratio = drawn[0].axes
     assert [panel.get_xscale() + panel.get_yscale() for panel in (flops, ratio)] == ["loglog"] * 2
     assert [note.get_text() for note in ratio.texts] == ["16x", "64x", "259x", "1,067x", "4,708x"]
-    costs = inference_costs(load_config(["--config", PAPER]).model, 50257, head_columns=50304)
+    model = load_config(["--config", PAPER]).model
+    costs = inference_costs(model, 50257, head_columns=50304, last_layer_rows=True)
     for panel, name in ((flops, "flops"), (ratio, "ratio")):
         lines = [line.get_ydata() for line in panel.lines if len(line.get_xdata()) == 9]
         for curve in (*costs.sampler[:4], costs.sampler[-1], costs.published[4]):

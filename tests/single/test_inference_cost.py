@@ -90,8 +90,13 @@ def test_the_sampler_costs_what_torch_counts(steps: int | None, block_length: in
     rows = [Row(3 + 8, 8), Row(6 + 8, 3 + 8), Row(9 + 8, 8)]
     options = SamplerOptions(steps=steps, block_length=block_length)
     flops = counted(lambda: sample(denoiser, prompts, options, vocabulary=IDS, max_new_tokens=8))
-    assert flops == sampler_flops(model, columns, rows, steps=steps, block_length=block_length)
-    assert flops < sampler_flops(model, columns, [Row(17, 11)] * 3, steps=steps, block_length=block_length)
+    settings: dict[str, Any] = {"steps": steps, "block_length": block_length}
+    assert flops == sampler_flops(model, columns, rows, **settings, last_layer_rows=True)
+    assert (
+        flops
+        < sampler_flops(model, columns, rows, **settings)
+        < sampler_flops(model, columns, [Row(17, 11)] * 3, **settings)
+    )
 
 
 def test_every_forward_of_the_sampler_is_counted() -> None:
@@ -101,7 +106,7 @@ def test_every_forward_of_the_sampler_is_counted() -> None:
 
     def denoise(tokens: Tensor, lengths: Tensor | None, rows: Tensor) -> Tensor:
         sizes = [tokens.shape[1]] * len(tokens) if lengths is None else lengths.tolist()
-        spent.append(forward_flops(model, 6, sizes, head_rows=len(rows)))
+        spent.append(forward_flops(model, 6, sizes, head_rows=torch.bincount(rows // tokens.shape[1]).tolist()))
         return torch.zeros(len(rows), 6)
 
     for new, steps, block_length in [(40, 20, 32), (100, 50, 32), *product((5, 33), (None, 7, 90), (None, 8, 32))]:
@@ -117,8 +122,9 @@ def test_guidance_costs_twice_as_much() -> None:
     denoiser, model, columns = small_denoiser()
     options = SamplerOptions(steps=4, guidance=1.5)
     flops = counted(lambda: sample(denoiser, [[1, 2], [3]], options, vocabulary=IDS, max_new_tokens=9))
-    plain = sampler_flops(model, columns, [Row(11, 9), Row(10, 9)], steps=4)
-    assert flops == sampler_flops(model, columns, [Row(11, 9), Row(10, 9)], steps=4, guidance=True) == 2 * plain
+    settings: dict[str, Any] = {"steps": 4, "last_layer_rows": True}
+    plain = sampler_flops(model, columns, [Row(11, 9), Row(10, 9)], **settings)
+    assert flops == sampler_flops(model, columns, [Row(11, 9), Row(10, 9)], **settings, guidance=True) == 2 * plain
 
 
 def test_a_row_that_has_ended_costs_nothing_more() -> None:
@@ -137,7 +143,8 @@ def test_a_row_that_has_ended_costs_nothing_more() -> None:
     arguments: dict[str, Any] = {"vocabulary": Vocabulary(MASK, END), "max_new_tokens": 6}
     flops = counted(lambda: sample(ends_the_first, [[1] * 9, [2]], options, **arguments))
     assert calls == [2, 2, 2, 1, 1, 1]
-    assert flops == sampler_flops(model, columns, [Row(15, 6, finished_after=3), Row(7, 6)], block_length=1)
+    rows = [Row(15, 6, finished_after=3), Row(7, 6)]
+    assert flops == sampler_flops(model, columns, rows, block_length=1, last_layer_rows=True)
 
 
 def test_an_export_costs_the_same_without_padded_columns() -> None:
@@ -211,7 +218,7 @@ def test_ours_and_the_published_convention_meet() -> None:
         assert ours == published.autoregressive(tokens)
         saved = head * (tokens * tokens - tokens * (tokens + 1) // 2)
         assert sampler_flops(PAPER_1B, 50257, [Row(tokens, tokens)]) == published.diffusion(tokens) - saved
-    every_row = forward_flops(PAPER_1B, 50257, [64], head_rows=64)
+    every_row = forward_flops(PAPER_1B, 50257, [64], head_rows=[64])
     assert 16 * every_row == published.diffusion(64, steps=16)
 
 

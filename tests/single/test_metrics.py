@@ -44,19 +44,31 @@ def test_flops_are_three_forwards_with_the_head_on_computed_rows() -> None:
     assert flops == 3 * (2 * body + 4 * 2048 * 1792 * 26)
     with_head = training_flops(model, tokens=1, head_rows=0.5, sequence_length=2048, vocab_size=50304)
     assert with_head - flops == 3 * 2 * 1792 * 50304 * 0.5
+    fewer = {"sequence_length": 2048, "vocab_size": 50304, "last_layer_rows": True}
+    saved = 2 * (2 * 1792 * 1792 + 3 * 1792 * 4736) + 4 * 2048 * 1792
+    assert with_head - training_flops(model, tokens=1, head_rows=0.5, **fewer) == 3 * saved * 0.5
     causal = ModelConfig(**PAPER_1B, objective="autoregressive")
     half = training_flops(causal, tokens=1, head_rows=0, sequence_length=2048, vocab_size=50304)
     assert flops - half == 3 * 2 * 2048 * 1792 * 26
 
 
-@pytest.mark.parametrize("objective", ["masked_diffusion", "autoregressive"])
-def test_flops_are_those_that_torch_counts(objective: str, tiny_data: Path) -> None:
-    """To the last one, but for two terms of the convention, which are added here.
+@pytest.mark.parametrize(
+    ("objective", "last_layer"),
+    [("masked_diffusion", "scored"), ("masked_diffusion", "all"), ("autoregressive", "all")],
+)
+def test_flops_are_those_that_torch_counts(objective: str, last_layer: str, tiny_data: Path) -> None:
+    """To the last one, but for three terms of the convention, which are added here.
 
-    The convention counts the weights of the norms like those of matrices, and half of causal attention; torch counts
-    only matrix products, and its MATH backend (the only one it counts on a CPU) also computes the half that is masked.
+    The convention counts the weights of the norms like those of matrices, half of causal attention, and no queries that
+    pad; torch counts only matrix products, and its MATH backend (the only one it counts on a CPU) also computes the
+    half that is masked.
     """
-    config = tiny_config(tiny_data, model={"objective": objective}, diffusion={"random_length_probability": 0.0})
+    config = tiny_config(
+        tiny_data,
+        model={"objective": objective},
+        diffusion={"random_length_probability": 0.0},
+        kernels={"last_layer_rows": last_layer},
+    )
     training = build(config, initialize(config.parallel))
     model, stream, seq, tokens = config.model, training.train_stream, 32, 2 * 2 * 32
 
@@ -71,11 +83,21 @@ def test_flops_are_those_that_torch_counts(objective: str, tiny_data: Path) -> N
     head_rows = sum(len(batch.targets) for batch in scored)
     assert head_rows == tokens if objective == "autoregressive" else 0 < head_rows < tokens
     formula = training_flops(
-        model, tokens=tokens, head_rows=head_rows, sequence_length=seq, vocab_size=training.tokenizer.vocab_size
+        model,
+        tokens=tokens,
+        head_rows=head_rows,
+        sequence_length=seq,
+        vocab_size=training.tokenizer.vocab_size,
+        last_layer_rows=last_layer == "scored",
     )
+    counts = [batch.sample_index.bincount(minlength=2) for batch in scored]
+    padded = sum(int((count.max() - count).sum()) for count in counts) if last_layer == "scored" else 0
+    assert (padded > 0) == (last_layer == "scored")
     norms = model.num_layers * 2 * (model.hidden_size + model.resolved_head_dim) + model.hidden_size
     masked_half = 2 * seq * model.hidden_size * model.num_layers if objective == "autoregressive" else 0
-    assert counter.get_total_flops() == formula + 3 * (masked_half - 2 * norms) * tokens
+    assert counter.get_total_flops() == formula + 3 * (
+        (masked_half - 2 * norms) * tokens + 4 * seq * model.hidden_size * padded
+    )
     assert 2 * norms * tokens < 0.01 * formula, "the first term is small even here"
 
 
@@ -85,8 +107,8 @@ def test_rates_and_flops_of_a_run_and_of_its_continuation(tmp_path: Path, monkey
     monkeypatch.setattr(throughput, "peak_tflops", lambda: 1e-3)
     config = tiny_config(tmp_path)
     tokens = 16 * 32
-    step_flops = training_flops(config.model, tokens=tokens, head_rows=200, sequence_length=32, vocab_size=300)
-    nominal = training_flops(config.model, tokens=tokens, head_rows=tokens, sequence_length=32, vocab_size=300)
+    sizes: dict[str, Any] = {"tokens": tokens, "sequence_length": 32, "vocab_size": 300, "last_layer_rows": True}
+    step_flops, nominal = (training_flops(config.model, head_rows=rows, **sizes) for rows in (200, tokens))
 
     def steps(count: int, **settings: float | None) -> list[dict[str, float | None]]:
         rates = Throughput(config, vocab_size=300, devices=2, steps=10, **settings)  # type: ignore[arg-type]
