@@ -133,12 +133,13 @@ def model_shape(path: str, vocab_size: int | None) -> ModelShape:
         from megatron_dlm.config.load import load_config
 
         config = load_config(["--config", path])
-        vocab_size = vocab_size or _tokenizer_size(path, config.data.tokenizer)
+        vocab_size = vocab_size or tokenizer_size(path, config.data.tokenizer)
     model = config.model
     return ModelShape(model, vocab_size, model.padded_vocab_size(vocab_size), config.last_layer_rows)
 
 
-def _tokenizer_size(path: str, tokenizer: str) -> int:
+def tokenizer_size(path: str, tokenizer: str) -> int:
+    """Ids of the tokenizer that the configuration at ``path`` names. Raises ``ConfigError``."""
     from megatron_dlm.data.tokenizer import load_tokenizer
 
     try:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_dlm.commands.common import check_at_least, model_shape, say
+from megatron_dlm.commands.common import check_at_least, say, tokenizer_size
 from megatron_dlm.errors import ConfigError
 from megatron_dlm.files import check_file_output, write_json
 from megatron_dlm.formatting import format_count, format_duration, format_table
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(
         ["--config", args.config, *(args.overrides[1:] if args.overrides[:1] == ["--"] else args.overrides)]
     )
-    vocab_size = model_shape(args.config, args.vocab_size).vocab_size
+    vocab_size = args.vocab_size or tokenizer_size(args.config, config.data.tokenizer)
     machine = MACHINES[args.gpu]
     found: list[Candidate] = []
     if args.search:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import NamedTuple
 
 from megatron_dlm.config.tree import Config
 from megatron_dlm.flops import training_flops
+from megatron_dlm.model.layer_spec import last_layer_takes_rows
 from megatron_dlm.rehearsal import machines
 from megatron_dlm.rehearsal.ledger import Collective, Wait
 from megatron_dlm.rehearsal.machines import Machine
@@ -104,7 +106,11 @@ def predict(config: Config, world_size: int, machine: Machine, *, vocab_size: in
     slowest = max(time.total for time in every)
     # The first micro-batch goes through all stages; interleaved, through a part of each at a time (Megatron-LM, SC21).
     bubble = (sum(time.total for time in every) - slowest) / (config.parallel.virtual_pipeline_model_parallel_size or 1)
-    gradients = max(phase_time(step, FINALIZE, machine) for step in ordinary)
+    # What overlaps with the micro-batches is counted too, once: nothing is taken to be hidden.
+    gradients = max(
+        phase_time(step, FINALIZE, machine) + _communication(step, MICRO_BATCHES, machine, only=("data",))
+        for step in ordinary
+    )
     update = max(phase_time(step, OPTIMIZER, machine) + phase_time(step, REPORT, machine) for step in ordinary)
     seconds = count * slowest + bubble + gradients + update
     tokens = config.train.global_batch_size * config.data.sequence_length
@@ -115,6 +121,7 @@ def predict(config: Config, world_size: int, machine: Machine, *, vocab_size: in
         head_rows=tokens * kind.scored_share,
         sequence_length=config.data.sequence_length,
         vocab_size=vocab_size,
+        last_layer_rows=last_layer_takes_rows(config),
     )
     return Prediction(
         layout=ordinary[0].layout,
@@ -148,8 +155,8 @@ def stage_time(step: RankStep, machine: Machine) -> StageTime:
         matmul=flops.get("matmul", 0.0) / (machine.matmul * machines.MATMUL),
         attention=attention / machine.matmul,
         elementwise=ledger.moved[MICRO_BATCHES] / count / (machine.bandwidth * machines.BANDWIDTH),
-        tensor_parallel=_communication(step, MICRO_BATCHES, machine, but="pipeline") / count,
-        pipeline=_communication(step, MICRO_BATCHES, machine, only="pipeline") / count,
+        tensor_parallel=_communication(step, MICRO_BATCHES, machine, but=("pipeline", "data")) / count,
+        pipeline=_communication(step, MICRO_BATCHES, machine, only=("pipeline",)) / count,
     )
 
 
@@ -159,13 +166,15 @@ def phase_time(step: RankStep, phase: str, machine: Machine) -> float:
     return moved + _communication(step, phase, machine)
 
 
-def _communication(step: RankStep, phase: str, machine: Machine, *, only: str = "", but: str = "") -> float:
-    found = step.ledger.calls.items()
-    return sum(
-        collective_time(collective, step.ledger.sent[phase, collective], calls, machine)
-        for (when, collective), calls in found
-        if when == phase and collective.group != but and only in ("", collective.group)
-    )
+def _communication(
+    step: RankStep, phase: str, machine: Machine, *, only: Container[str] = (), but: Container[str] = ()
+) -> float:
+    """Seconds of a phase's collectives, of the groups ``only`` (all, if empty) and not of those ``but``."""
+    seconds = 0.0
+    for (when, collective), calls in step.ledger.calls.items():
+        if when == phase and collective.group not in but and (not only or collective.group in only):
+            seconds += collective_time(collective, step.ledger.sent[phase, collective], calls, machine)
+    return seconds
 
 
 def collective_time(collective: Collective, size: int, calls: int, machine: Machine) -> float:

@@ -109,6 +109,8 @@ def record(
     model_config, finalize, update = chunks[0].config, chunks[0].config.finalize_model_grads_func, optimizer.step
     model_config.finalize_model_grads_func = _in_phase(ledger, FINALIZE, MICRO_BATCHES, finalize)
     optimizer.step = _in_phase(ledger, OPTIMIZER, REPORT, update)  # type: ignore[method-assign]
+    zero = optimizer.zero_grad  # once a step, at its start
+    optimizer.zero_grad = _in_phase(ledger, FINALIZE, MICRO_BATCHES, zero)  # type: ignore[method-assign]
     for part in optimizer.parts:  # torch's AdamW counts its steps on the host
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
@@ -121,7 +123,7 @@ def record(
             train_step(training, Progress())
     finally:
         model_config.finalize_model_grads_func = finalize
-        optimizer.step = update  # type: ignore[method-assign]
+        optimizer.step, optimizer.zero_grad = update, zero  # type: ignore[method-assign]
     return RankStep(
         rank=topology.rank,
         stage=topology.pipeline_rank,
