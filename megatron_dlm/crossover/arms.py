@@ -72,7 +72,7 @@ def train_arms(crossover: Crossover, say: Callable[[str], None] = print) -> Outc
     Raises:
         ConfigError, DataError: one line, before anything is written or started.
     """
-    with StopHandler(second=signal.SIGTERM) as stop:  # each arm's launcher kills its own workers then
+    with StopHandler(hands_on=True, second=signal.SIGTERM) as stop:  # each arm's launcher kills its own workers then
         try:
             facts = check_arms(crossover)
             with directory_in_use(crossover.base) as lock:

@@ -20,8 +20,8 @@ from megatron_dlm.config.tree import Config
 from megatron_dlm.errors import ConfigError, DataError
 from megatron_dlm.launch import outcome, place, restart
 from megatron_dlm.launch.run_lock import directory_in_use
-from megatron_dlm.launch.stop_signal import SecondSignal, StopHandler, Stopped
-from megatron_dlm.run_folder import DONE, FAILED, INVALID, RunFolder, Status
+from megatron_dlm.launch.stop_signal import SecondSignal, StopHandler, Stopped, was_warned
+from megatron_dlm.run_folder import DONE, FAILED, INVALID, STOPPED, RunFolder, Status
 
 Worker = Callable[[dict[str, Any]], None]
 Check = Callable[[Config, int], None]
@@ -102,7 +102,7 @@ def join(fn: Worker, config: Config, check: Check | None = None) -> int:
                 ended = outcome.report(error)
         if rank == 0:
             _write_status(config, ended)
-            if ended in (outcome.SAVED, outcome.STOPPED_EARLY):
+            if ended.exit_code == STOPPED and was_warned():
                 restart.refuse(config)
         if ended == outcome.SECOND_SIGNAL:
             sys.stdout.flush()
@@ -163,8 +163,9 @@ def _begin(config: Config, world_size: int, check: Check | None, directory: cont
 
 
 def _write_status(config: Config, ended: Status) -> None:
+    """Say how the run ended; not where another rank (its watchdog) has said so, or there is no folder yet."""
     folder = RunFolder(Path(config.run.directory))
-    if not folder.path.exists():  # stopped before there was anything to say
+    if not folder.path.exists() or folder.status_file.exists():
         return
     try:
         folder.write_status(ended)

@@ -38,7 +38,11 @@ def is_unwanted(config: Config, *, first: bool) -> bool:
 
 
 def refuse(config: Config) -> None:
-    """Have the workers that torchrun starts after this end at once. Without torchrun nothing happens."""
+    """Have the workers that torchrun starts after this end at once. Without torchrun nothing happens.
+
+    For a stop by a warning, which torchrun knows nothing of: a SIGTERM comes from torchrun itself, which then ends, or
+    has lost another worker and is to start all of them again.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         with contextlib.suppress(OSError):
             RunFolder(Path(config.run.directory)).stop_marker.write_text(_start(), encoding="utf-8")

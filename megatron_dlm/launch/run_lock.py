@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 
 from megatron_dlm.config.tree import Config
-from megatron_dlm.errors import ConfigError
+from megatron_dlm.errors import ConfigError, TrainingError
+from megatron_dlm.launch import outcome
 from megatron_dlm.run_folder import RunFolder
 
 _BEAT = 10.0
@@ -56,14 +57,14 @@ def directory_in_use(config: Config) -> Iterator[int]:
 @contextlib.contextmanager
 def _owned(folder: RunFolder) -> Iterator[None]:
     """Own the directory by a file that is made once and touched again and again. Raises ``ConfigError``."""
-    owner = {"host": socket.gethostname(), "process": os.getpid()}
+    owner = {"host": socket.gethostname(), "process": os.getpid(), "started": psutil.Process().create_time()}
     try:
         _claim(folder, owner)
     except FileExistsError:
         before = _owner(folder)
         if _lives(folder, before):
             raise _in_use(folder, before) from None
-        folder.owner.unlink(missing_ok=True)
+        _remove_dead(folder, before)
         with contextlib.suppress(FileExistsError):  # of another that has found it dead: seen below
             _claim(folder, owner)
     if _owner(folder) != owner:
@@ -72,6 +73,9 @@ def _owned(folder: RunFolder) -> Iterator[None]:
 
     def beat() -> None:
         while not ended.wait(_BEAT):
+            if (now := _owner(folder)) and now != owner:  # this machine was stopped, and was taken for dead
+                outcome.record_fatal(TrainingError(str(_in_use(folder, now))))
+                outcome.end_at_once()
             with contextlib.suppress(OSError):
                 os.utime(folder.owner)
 
@@ -90,10 +94,24 @@ def _claim(folder: RunFolder, owner: dict[str, Any]) -> None:
         json.dump(owner, file)
 
 
+def _remove_dead(folder: RunFolder, dead: dict[str, Any]) -> None:
+    """Take the file of a dead run away, unless it is by now another's, who has found it dead first."""
+    aside = folder.owner.with_name(f"{folder.owner.name}.{socket.gethostname()}.{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder.owner, aside)
+        if _read_owner(aside) != dead:
+            os.rename(aside, folder.owner)
+        aside.unlink(missing_ok=True)
+
+
 def _owner(folder: RunFolder) -> dict[str, Any]:
     """Host and process of the run that owns the directory, as far as is known."""
+    return _read_owner(folder.owner)
+
+
+def _read_owner(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(folder.owner.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -101,7 +119,10 @@ def _owner(folder: RunFolder) -> dict[str, Any]:
 
 def _lives(folder: RunFolder, owner: dict[str, Any]) -> bool:
     if owner.get("host") == socket.gethostname() and isinstance(owner.get("process"), int):
-        return psutil.pid_exists(owner["process"])
+        try:
+            return psutil.Process(owner["process"]).create_time() == owner.get("started")
+        except psutil.Error:  # it is gone; and the number may be another's by now, in a container that was restarted
+            return False
     now = folder.owner.with_name(f"{folder.owner.name}.now.{os.getpid()}")
     try:
         now.touch()  # the file system's own clock: this machine's may differ from that of the owner

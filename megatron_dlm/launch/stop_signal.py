@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 from types import FrameType
 
 import psutil
@@ -14,6 +16,26 @@ from megatron_dlm.run_folder import STOPPED
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 """What a batch system sends some minutes before it ends a job (Slurm's --signal)."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, *WARNINGS)
+
+
+_PR_SET_PDEATHSIG = 1
+_warned: list[int] = []
+
+
+def was_warned() -> bool:
+    """Whether this process has had a warning; a SIGTERM may also come from torchrun, when another process fails."""
+    return bool(_warned)
+
+
+def stop_with_parent(parent: int) -> None:
+    """Have this process get a SIGTERM when ``parent`` dies, even if that is killed; at once where it has died already.
+
+    A flag of the process (PR_SET_PDEATHSIG), which a program that takes its place keeps. Only Linux has it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Stopped(BaseException):
@@ -27,12 +49,14 @@ class SecondSignal(BaseException):
 class StopHandler:
     """Stop signals of the launcher, handed to whoever can save: workers, or the trainer in this process.
 
-    They get a SIGTERM (or a warning), and then ``second``: a SIGKILL ends a worker that is stuck as well. While there
-    is neither, ``Stopped`` is raised. Workers are in process groups of their own, so that a terminal's Ctrl-C comes to
-    them once and from here.
+    Workers get a SIGTERM (or a warning), and then ``second``: a SIGKILL ends a worker that is stuck as well. While
+    there is neither, ``Stopped`` is raised. Workers are in process groups of their own, so that a terminal's Ctrl-C
+    comes to them once and from here.
     """
 
-    def __init__(self, second: signal.Signals = signal.SIGKILL) -> None:
+    def __init__(self, *, hands_on: bool = False, second: signal.Signals = signal.SIGKILL) -> None:
+        """``hands_on``: this process's children are workers, and not compilers that a library has started."""
+        self.hands_on = hands_on
         self.warned = False
         self.received = 0
         """Signals that were no warnings."""
@@ -45,12 +69,13 @@ class StopHandler:
         if os.getpid() != self.owner:
             os._exit(STOPPED)  # a worker in the moment after its fork
         if number in WARNINGS:
+            _warned.append(number)
             self.warned, wanted = True, signal.SIGUSR1
         else:
             self.received += 1
             wanted = signal.SIGTERM if self.received == 1 else self.second
         # Not multiprocessing.active_children(), which does not know a worker that is being started just now.
-        workers = set(psutil.Process().children()) - self.others
+        workers = set(psutil.Process().children()) - self.others if self.hands_on else set()
         if signal.getsignal(signal.SIGTERM) is not self:
             os.kill(self.owner, signal.SIGTERM)
         elif workers:
@@ -61,6 +86,7 @@ class StopHandler:
             raise Stopped
 
     def __enter__(self) -> StopHandler:
+        _warned.clear()
         self.previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         for number, previous in self.previous.items():
             if previous is not signal.SIG_IGN:  # nohup stays in force
@@ -94,7 +120,9 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._final and number not in WARNINGS:
+        if number in WARNINGS:
+            _warned.append(number)
+        elif self._final:
             raise SecondSignal
         self._final = self._final or number not in WARNINGS
         announce, self.requested = self._announce and not self.requested, True

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dlm.launch import outcome
-from megatron_dlm.launch.stop_signal import STOP_SIGNALS, SecondSignal, StopHandler
+from megatron_dlm.launch.stop_signal import STOP_SIGNALS, SecondSignal, StopHandler, stop_with_parent
 from megatron_dlm.run_folder import DONE, FAILED, STOPPED, Status
 
 _SETTLE = 0.5
@@ -43,9 +43,10 @@ def start_workers(
     with tempfile.TemporaryDirectory(prefix="megatron-dlm-") as scratch, _listening(world_size) as (listener, port):
         report = Path(scratch, "error.json")
         workers = [
-            context.Process(target=_work, args=(fn, config, rank, world_size, port, report))
+            context.Process(target=_work, args=(fn, config, rank, world_size, port, report, os.getpid()))
             for rank in range(world_size)
         ]
+        stop.hands_on = True
         try:
             for worker in workers:
                 worker.start()
@@ -56,6 +57,7 @@ def start_workers(
             failed = _wait(workers)
         finally:
             _end(workers)
+            stop.hands_on = False
         del store
         if not failed:
             stopped = any(worker.exitcode == STOPPED for worker in workers)
@@ -94,12 +96,19 @@ def _end(workers: Sequence[BaseProcess]) -> None:
 
 
 def _work(
-    fn: Callable[[dict[str, Any]], None], config: dict[str, Any], rank: int, world_size: int, port: int, report: Path
+    fn: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    report: Path,
+    launcher: int,
 ) -> None:
     """The body of a worker: ``fn``, with the first error of all of them in ``report`` and on stderr."""
     import torch
 
     os.setpgid(0, 0)
+    stop_with_parent(launcher)  # the lock of the run's directory may end with it
     for number in STOP_SIGNALS:
         if isinstance(signal.getsignal(number), StopHandler):
             signal.signal(number, signal.SIG_DFL)

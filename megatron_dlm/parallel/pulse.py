@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+VERIFYING = "verifying the data"
+"""A phase without a limit of its own: how long it takes depends on the size of the files."""
+
 
 @dataclass
 class Pulse:

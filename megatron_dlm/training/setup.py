@@ -11,6 +11,7 @@ from megatron_dlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_dlm.diffusion.objective import build_objective
 from megatron_dlm.errors import ConfigError
 from megatron_dlm.model.transformer import build_model
+from megatron_dlm.parallel.pulse import PULSE, VERIFYING
 from megatron_dlm.parallel.topology import Topology
 from megatron_dlm.training.batches import BatchStream
 from megatron_dlm.training.dry_batch import refusing_out_of_memory
@@ -27,7 +28,9 @@ def build(config: Config, topology: Topology) -> Training:
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     train_data, valid_data = open_data(config, tokenizer)
+    PULSE.begin(VERIFYING, 0)
     verify_data(config, train_data, valid_data)
+    PULSE.begin("building the model", 0)
     objective = build_objective(config, tokenizer.vocabulary)
     steps = total_steps(config, train_data)
     with refusing_out_of_memory(lambda: _less_model(config, topology)):

@@ -66,7 +66,8 @@ def run_worker(config_dict: dict[str, Any], ask: Ask | None = None) -> None:
     topology = parallel.initialize(config.parallel, timeout_minutes=_collective_minutes(config.run))
     with Watchdog(config.run, topology.rank, topology.world_size):
         finished = train(build(config, topology), ask)
-        parallel.shutdown()
+        with StopSignal():  # one that comes now is too late, and is of no consequence
+            parallel.shutdown()
     if not finished:
         raise SystemExit(STOPPED)
 
@@ -81,7 +82,9 @@ def train(training: Training, ask: Ask | None = None) -> bool:
     """Train to the last step, or until a stop signal; collective. Returns whether the run is finished."""
     config = training.config
     require_shared(Path(config.run.directory))
+    PULSE.begin("reading the checkpoint", 0)
     saved, progress = saving.resume(training)
+    PULSE.begin("the dry batch", progress.step)
     log = RunLog(training, progress, resumed=saved)
     evaluate = Evaluator(training, ask and ask(training))
     if saved and (warning := restart.warn_of_slow_save(saving.seconds_taken(saved))):
@@ -90,6 +93,7 @@ def train(training: Training, ask: Ask | None = None) -> bool:
     if progress.step < training.steps:
         log.note(dry_batch(training, progress))
     if saved and evaluate.is_due(progress.step):  # a stop may have come between the save and the evaluation
+        PULSE.begin("evaluating", progress.step)
         log.evaluation(progress.step, *evaluate(progress.step))
     phase = "the first step"
     with StopSignal(announce=training.topology.rank == 0) as stop:
@@ -107,6 +111,6 @@ def train(training: Training, ask: Ask | None = None) -> bool:
             if (last or not stopped) and evaluate.is_due(step):
                 PULSE.begin("evaluating", step)
                 log.evaluation(step, *evaluate(step))
-    PULSE.begin("the end", progress.step)
-    log.close(progress, saved)
+        PULSE.begin("the end", progress.step)
+        log.close(progress, saved)
     return progress.step == training.steps

@@ -34,13 +34,15 @@ import megatron_dlm
 from megatron_dlm.config.tree import RunConfig
 from megatron_dlm.errors import TrainingError
 from megatron_dlm.launch import outcome
-from megatron_dlm.parallel.pulse import PULSE
+from megatron_dlm.parallel.pulse import PULSE, VERIFYING
 from megatron_dlm.run_folder import RunFolder
 
 T = TypeVar("T")
 _LONGEST_INTERVAL = 5.0
 """Seconds between two beats, at most."""
 _ALARM, _VERDICT = "alarm", "verdict"
+_SECONDS_TO_WRITE = 10.0
+"""For stacks and status: the file system may be what does not go on."""
 
 
 class Beat(NamedTuple):
@@ -73,7 +75,7 @@ class Watchdog:
 
     def __init__(self, config: RunConfig, rank: int, world_size: int) -> None:
         step, other = config.step_timeout_minutes * 60, config.timeout_minutes * 60
-        self._limits = {"training": step, "evaluating": step}
+        self._limits = {"training": step, "evaluating": step, VERIFYING: 0.0}
         self._other_limit = other
         self._interval = min((limit / 8 for limit in (step, other) if limit), default=math.inf)
         self._interval = min(self._interval, _LONGEST_INTERVAL)
@@ -81,11 +83,11 @@ class Watchdog:
         self._folder = RunFolder(Path(config.directory)).stacks
         self._store = _own_connection(world_size)
         self._store.set_timeout(datetime.timedelta(seconds=4 * self._interval))
-        self._count, self._written = 0, False
+        self._count = 0
         self._over, self._alarmed = threading.Event(), threading.Event()
 
     def __enter__(self) -> Watchdog:
-        self._folder.mkdir(exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._file: IO[str] = (self._folder / f"rank-{self._rank:05d}.txt").open("a", encoding="utf-8")
         if self._world_size > 1:
             faulthandler.enable(self._file)
@@ -131,21 +133,22 @@ class Watchdog:
             limit = self._limits.get(PULSE.phase, self._other_limit)
             if limit and waited >= limit:
                 self._raise_alarm(limit)
-        self._end()
+        try:
+            self._end()
+        finally:
+            outcome.end_at_once()
 
     def _raise_alarm(self, limit: float) -> None:
         """The first rank to come here finds out who is missing and says so; the others get its verdict."""
         first = _in_time(lambda: self._store.add(_ALARM, 1) == 1, 4 * self._interval)
         if first is not False:
-            self._write_stacks()
             beats = _in_time(self._observe, 8 * self._interval) if first else None
             missing = _find_missing(beats) if beats else ([], "the store of the process groups does not answer")
-            outcome.record_fatal(
-                TrainingError(
-                    f"no progress in {limit:g} seconds of {PULSE.phase} at step {PULSE.step}: {missing[1]}; Python "
-                    f"stacks are in {self._folder}, and the same command continues from the last checkpoint"
-                )
+            error = TrainingError(
+                f"no progress in {limit:g} seconds of {PULSE.phase} at step {PULSE.step}: {missing[1]}; Python stacks "
+                f"are in {self._folder}, and the same command continues from the last checkpoint"
             )
+            _in_time(lambda: outcome.record_fatal(error), _SECONDS_TO_WRITE)
             silent = json.dumps(missing[0])
             _in_time(lambda: self._store.set(_VERDICT, silent), 4 * self._interval)
         self._alarmed.set()
@@ -162,7 +165,7 @@ class Watchdog:
 
     def _end(self) -> None:
         """Write this rank's stacks, have silent siblings write theirs and die, and end."""
-        self._write_stacks()
+        _in_time(self._write_stacks, _SECONDS_TO_WRITE)
 
         def verdict() -> list[list]:
             while not self._store.check([_VERDICT]):  # to wait for it would keep this rank from telling
@@ -172,15 +175,11 @@ class Watchdog:
         for beat in _in_time(verdict, 14 * self._interval) or []:
             _abort(Beat(*beat))
         time.sleep(min(self._interval, 1.0))  # all have the verdict before the store may go
-        outcome.end_at_once()
 
     def _write_stacks(self) -> None:
-        if self._written:
-            return
-        self._written = True
         print(f"rank {self._rank}, {PULSE.phase}, step {PULSE.step}, {time.ctime()}", file=self._file, flush=True)
         faulthandler.dump_traceback(self._file)
-        with contextlib.suppress(OSError, RuntimeError):
+        with contextlib.suppress(OSError, RuntimeError, AttributeError):  # torch may have no such function
             (self._folder / f"collectives-{self._rank:05d}.json").write_bytes(last_collectives())
 
 
@@ -198,7 +197,7 @@ def _in_time(ask: Callable[[], T], seconds: float) -> T | None:
     answer: list[T] = []
 
     def run() -> None:
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(Exception):
             answer.append(ask())
 
     thread = threading.Thread(target=run, daemon=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -140,15 +141,22 @@ def test_one_process_for_several_gpus():
 def test_torchrun_does_not_start_again_what_a_signal_has_stopped(environment, tmp_path, capfd):
     config, ran = Config(run=RunConfig(directory=str(tmp_path / "run"))), []
 
-    def start(attempt: int, run_id: str = "job", code: int = 0) -> int:
+    def work(code: int, warned: bool) -> None:
+        ran.append("work")
+        if warned:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        exit(code)
+
+    def start(attempt: int, run_id: str = "job", code: int = 0, warned: bool = False) -> int:
         environment(TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": run_id})
         environment({"TORCHELASTIC_RESTART_COUNT": str(attempt), "TORCHELASTIC_MAX_RESTARTS": "3"})
         ran.append((run_id, attempt))
-        return launcher.join(lambda mapping: ran.append("work") or exit(code), config)
+        return launcher.join(lambda mapping: work(code, warned), config)
 
-    assert start(0, code=1) == 1 and start(1, code=75) == 75
-    assert ran == [("job", 0), "work", ("job", 1), "work"], "a failure is started again"
-    assert start(2) == 75 and ran[-1] == ("job", 2), "what was stopped is not"
+    assert start(0, code=1) == 1 and start(1, code=75) == 75 and start(2, code=75) == 75
+    assert ran == [("job", 0), "work", ("job", 1), "work", ("job", 2), "work"], "a failure, or torchrun's own SIGTERM"
+    assert start(2, warned=True) == 75 and ran[-1] == "work"
+    assert start(3) == 75 and ran[-1] == ("job", 3), "what a warning has stopped is not started again"
     assert "not started again" in capfd.readouterr().err
     assert start(0) == 0 and ran[-1] == "work", "but a new start is"
     assert start(1) == 0 and ran[-1] == "work" and not (tmp_path / "run" / ".stopped").exists()
@@ -194,7 +202,8 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         os.utime(owner, (0, 0))
         with run_lock.directory_in_use(config):
             assert str(os.getpid()) in owner.read_text()
-    gone = 2**22 + 1  # no process has such a number
-    owner.write_text(f'{{"host": "{os.uname().nodename}", "process": {gone}}}')
-    with run_lock.directory_in_use(config):
-        pass
+    for gone in (2**22 + 1, os.getpid()):  # no process has such a number; one that began later has it by now
+        owner.write_text(f'{{"host": "{os.uname().nodename}", "process": {gone}, "started": 1.5}}')
+        with run_lock.directory_in_use(config):
+            pass
+    assert sorted(path.name for path in owner.parent.iterdir()) == [".lock"]
