@@ -250,8 +250,8 @@ def test_more_refusals(
     assert "long.jsonl line 1: ' bbbbbb" in (err := capsys.readouterr().err) and "has 71 tokens" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.jsonl", "there.json"]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert evaluate(model, data, "hellaswag") == 2
     assert "only those run on several processes; leave out torchrun" in capsys.readouterr().err
