@@ -134,7 +134,7 @@ def test_a_rank_that_hangs_is_found_and_named(tiny_data: Path, tmp_path: Path) -
     took = time.monotonic() - since
     print(f"found and ended after {took:.1f} s: {error}")
     assert process.returncode == 1 and error.count("\n") == 1
-    named = f"rank 1 (process {worker.pid} on {socket.gethostname()}) does not answer, last heard of at training, step "
+    named = f"rank 1 (process {worker.pid} on {socket.gethostname()}) does not answer, last heard of at "
     assert f"no progress in 10 seconds of training at step 7: {named}" in error
     assert run.status() == {"exit_code": 1, "reason": error.strip().removeprefix("megatron-dlm: error: [rank 0] ")}
     stacks = [(run.directory / "stacks" / f"rank-{rank:05d}.txt").read_text() for rank in (0, 1)]
